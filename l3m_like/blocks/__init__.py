@@ -1,0 +1,17 @@
+"""Thin blocks: names of keys around layers."""
+
+from l3m_like.core.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "preprocessors.text": ["TokenEmbed"],
+        "preprocessors.noise": ["FlowNoise"],
+        "preprocessors.labels": ["DropLabel", "TimeLabelEmbed"],
+        "preprocessors.patches": ["PatchEmbed"],
+        "trunks.transformer": ["Transformer"],
+        "trunks.dit": ["DiT"],
+        "heads.language_model": ["LanguageModelHead"],
+        "heads.pixels": ["PatchDecode"],
+    },
+)

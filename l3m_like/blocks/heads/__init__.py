@@ -1,0 +1,1 @@
+"""Heads: from hidden states to what a loss or a sampler reads."""

@@ -1,0 +1,1 @@
+"""Blocks before the trunk: embeddings, noise, condition dropout."""

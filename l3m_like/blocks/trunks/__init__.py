@@ -1,0 +1,1 @@
+"""Trunks: stacks of layers."""

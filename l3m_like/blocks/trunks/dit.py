@@ -1,0 +1,46 @@
+"""Diffusion transformer trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from l3m_like.core.block import ReadWriteBlock
+from l3m_like.core.errors import UserError
+
+
+class DiT(ReadWriteBlock):
+    """Layers modulated by a condition vector; every token sees every other one (arXiv:2212.09748).
+
+    Reads   tokens [B, N, D]; condition [B, D]
+    Writes  hidden [B, N, D]
+
+    Args:
+        dim: D.
+        num_layers: number of layers.
+        layer: ``layer(dim)`` makes one, e.g. ``l3m_like.layers.DiTLayer``.
+        ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
+    """
+
+    outputs = ("hidden",)
+
+    def __init__(self, dim: int, num_layers: int, layer: Callable[[int], nn.Module], **ports: Any) -> None:
+        super().__init__(**ports)
+        if num_layers < 1:
+            raise UserError(f"DiT: num_layers must be at least 1, got {num_layers}.")
+        self.layers = nn.ModuleList(layer(dim) for _ in range(num_layers))
+
+    def compute(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        for layer in self.layers:
+            tokens = layer(tokens, condition)
+        return tokens
+
+    def shard_units(self) -> Iterable[nn.Module]:
+        return self.layers
+
+    def flops(self, tokens: Tensor, condition: Tensor) -> int:
+        batch, length = tokens.shape[:2]
+        units: list[Any] = list(self.layers)
+        return sum(unit.flops(batch, batch * length, batch * length * length) for unit in units)

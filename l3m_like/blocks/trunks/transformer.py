@@ -1,0 +1,136 @@
+"""A stack of transformer layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l3m_like.core.block import ReadWriteBlock
+from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.layers.cache import StaticCache
+from l3m_like.layers.masks import AttentionMask, attended_pairs, check_kind, lower
+from l3m_like.layers.rope import Rope
+
+Layer = Callable[[int], nn.Module]
+
+
+class Transformer(ReadWriteBlock):
+    """Transformer layers in series, without a final norm (heads own it).
+
+    Reads   tokens [B, S, D]; positions [B, S] int64 (without: 0, 1, 2, ...); document_ids [B, S] int (-1 = padding; without:
+            one document per row); prefix_lengths [B] int64 (mask "prefix"); cache (generation only)
+    Writes  hidden [B, S, D]
+
+    Args:
+        dim: D.
+        num_layers: number of layers.
+        layer: ``layer(dim)`` makes one; or a named dict of such, with ``pattern``.
+        rope: rotary positions, or None.
+        mask: "causal", "full" or "prefix".
+        pattern: names of ``layer``, one per layer; a shorter pattern that divides ``num_layers`` is repeated.
+        ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
+    """
+
+    outputs = ("hidden",)
+
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int,
+        layer: Layer | Mapping[str, Layer],
+        rope: Rope | None = None,
+        mask: str = "causal",
+        pattern: Sequence[str] | None = None,
+        **ports: Any,
+    ) -> None:
+        super().__init__(**ports)
+        if num_layers < 1:
+            raise UserError(f"Transformer: num_layers must be at least 1, got {num_layers}.")
+        check_kind(mask)
+        self.dim = dim
+        self.rope = rope
+        self.mask = mask
+        self.layers = nn.ModuleList(make(dim) for make in _layer_makers(layer, num_layers, pattern))
+        units: list[Any] = list(self.layers)
+        mixers = [unit.mixer for unit in units]
+        #: per layer, what its mixer wants the mask lowered to (None: a mixer without attention)
+        self.backends: list[str | None] = [getattr(mixer, "backend", None) for mixer in mixers]
+        for mixer in mixers:
+            width = getattr(mixer, "head_dim", None)
+            if rope is not None and width is not None and width != rope.head_dim:
+                raise UserError(
+                    f"Transformer: rope.head_dim is {rope.head_dim} but the attention's head_dim is {width}; make them equal."
+                )
+
+    def compute(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        cache: StaticCache | None = None,
+    ) -> Tensor:
+        batch, length = tokens.shape[:2]
+        start, kv_ids = 0, None
+        if cache is not None:
+            cache.reserve(batch, length)
+            start, kv_ids = cache.length, cache.write_documents(document_ids, length)
+        if positions is None:
+            positions = torch.arange(start, start + length, device=tokens.device)
+        rope = self.rope(positions, tokens.dtype) if self.rope is not None else None
+        mask = AttentionMask(self.mask, document_ids, kv_ids, prefix_lengths, start)
+        lowered = {name: lower(mask, name, length, start + length, tokens.device) for name in set(self.backends) if name}
+        for index, (layer, backend) in enumerate(zip(self.layers, self.backends, strict=True)):
+            layer_cache = cache.layers[index] if cache is not None else None
+            tokens = layer(tokens, rope, lowered[backend] if backend else mask, layer_cache)
+        if cache is not None:
+            cache.length += length
+        return tokens
+
+    def make_cache(
+        self, batch: int, max_len: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> StaticCache:
+        """An empty cache for generation: ``batch`` rows of at most ``max_len`` tokens; ``dtype`` None: that of the keys."""
+        units: list[Any] = list(self.layers)
+        return StaticCache([unit.mixer.make_cache(max_len, dtype) for unit in units], batch, max_len, device)
+
+    def shard_units(self) -> Iterable[nn.Module]:
+        return self.layers
+
+    def flops(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        cache: StaticCache | None = None,
+    ) -> int:
+        batch, length = tokens.shape[:2]
+        start = cache.length if cache is not None else 0
+        # a prefix is counted as causal: its extra pairs are not known without reading the lengths
+        kind = "full" if self.mask == "full" else "causal"
+        pairs = attended_pairs(AttentionMask(kind, document_ids if start == 0 else None), batch, length, start + length)
+        units: list[Any] = list(self.layers)
+        return sum(unit.flops(batch * length, pairs) for unit in units)
+
+
+def _layer_makers(layer: Layer | Mapping[str, Layer], num_layers: int, pattern: Sequence[str] | None) -> list[Layer]:
+    if not isinstance(layer, Mapping):
+        if pattern is not None:
+            raise UserError("Transformer: pattern names layers, so `layer` must be a named dict of them.")
+        return [layer] * num_layers
+    if not pattern or num_layers % len(pattern):
+        raise UserError(
+            f"Transformer: with named layers, give `pattern`: a list of their names whose length divides num_layers "
+            f"({num_layers}); got {list(pattern or [])}."
+        )
+    for name in pattern:
+        if name not in layer:
+            raise UserError(f"Transformer: pattern names no layer '{name}'. {did_you_mean(name, layer)}")
+    for name in layer:
+        if name not in pattern:
+            raise UserError(f"Transformer: layer '{name}' is not in the pattern {list(pattern)}; delete it or use it.")
+    return [layer[name] for name in list(pattern) * (num_layers // len(pattern))]

@@ -1,0 +1,301 @@
+"""The typed sections of a run file: every setting, its type, default, unit and bounds, each written once.
+
+``strict.build`` turns plain containers into these dataclasses and refuses what they do not name; ``table.py`` prints them
+for docs/configs.md. A section has no behaviour beyond the rules that tie its own fields together (``problem``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import MISSING, dataclass
+from typing import Any
+
+from l3m_like.config.strict import build, to_plain
+
+
+def setting(
+    default: Any = MISSING,
+    doc: str = "",
+    *,
+    key: str | None = None,
+    choices: tuple[Any, ...] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    reasons: dict[Any, str] | None = None,
+    rest: bool = False,
+) -> Any:
+    """A dataclass field with its documentation and bounds.
+
+    Args:
+        default: its value when nobody gives one (a list or dict is copied, a class is called). Without one it must be given.
+        doc: one line for docs/configs.md, with units.
+        key: its name in the file, if that is no Python name (``global``).
+        choices: the values (of a string setting) that are allowed; other types that the annotation admits pass.
+        at_least, above, at_most: bounds of a number.
+        reasons: ``{refused value: why, and what to write instead}``.
+        rest: it takes the section's keys that are no setting (the named datasets of `data`).
+    """
+    metadata = {
+        "doc": doc,
+        "key": key,
+        "choices": choices,
+        "at_least": at_least,
+        "above": above,
+        "at_most": at_most,
+        "reasons": reasons or {},
+        "rest": rest,
+    }
+    if isinstance(default, (list, dict)):
+        value = default
+        return dataclasses.field(default_factory=lambda: type(value)(value), metadata=metadata)
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    if default is MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """How many rows make a step."""
+
+    global_: int = setting(doc="Rows per optimizer step, over all ranks.", key="global", at_least=1)
+    micro: int | None = setting(
+        None, "Rows per forward pass and rank; the rest of the step is accumulated. null: no accumulation.", at_least=1
+    )
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Named datasets (`train` is what is trained on), and how they are read."""
+
+    workers: int = setting(0, "Processes per rank that read, decode and tokenize. 0: in the training process.", at_least=0)
+    lanes: int | None = setting(
+        None,
+        "Independent streams of samples, which alone define their order: a divisor of batch.global, a multiple of dp. "
+        "null: min(batch.global, 256).",
+        at_least=1,
+    )
+    prefetch: int = setting(2, "Batches prepared ahead of the step.", at_least=0)
+    sets: dict[str, Any] = setting({}, "The datasets: every other key of `data`.", rest=True)
+
+
+@dataclass(kw_only=True)
+class Group:
+    """A parameter group of the optimizer."""
+
+    params: list[str] = setting(doc="Glob patterns over parameter names (`trunk.*`).")
+    lr_scale: float = setting(1.0, "Factor on optim.lr.", above=0)
+    weight_decay: float | None = setting(None, "Instead of optim.weight_decay. null: the same.", at_least=0)
+
+
+@dataclass(kw_only=True)
+class Optim:
+    """The optimizer."""
+
+    name: str = setting("adamw", "The optimizer.", choices=("adamw",))
+    lr: float = setting(doc="Peak learning rate.", at_least=0)
+    betas: list[float] = setting([0.9, 0.95], "Decay of the first and second moment.")
+    eps: float = setting(1e-8, "Added to the root of the second moment.", above=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay, scaled by the learning rate.", at_least=0)
+    clip: float | None = setting(
+        None,
+        "Largest global norm of the gradient, over the whole mesh. null: off.",
+        above=0,
+        reasons={0: "0 would multiply every gradient by 0. Write null to turn clipping off"},
+    )
+    groups: dict[str, Group] = setting({}, "Named parameter groups with their own lr_scale and weight_decay.")
+    no_decay: list[str] = setting(
+        [],
+        "Glob patterns of further parameters without weight decay; norms and biases (fewer than two dimensions) have none.",
+    )
+
+    def problem(self) -> str | None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            return f"betas = {self.betas}: two numbers in [0, 1) are needed, e.g. [0.9, 0.95]."
+        return None
+
+
+@dataclass(kw_only=True)
+class Adaptive:
+    """A loss weight computed from gradients: norm(gradient of `against`) / norm(gradient of `term`) at one parameter."""
+
+    term: str = setting(doc="Name of the loss term whose weight is computed.")
+    against: list[str] = setting(doc="Names of the terms that it is balanced against.")
+    at: str = setting(doc="Name of the parameter at which both gradients are taken.")
+    max: float = setting(1e4, "Upper bound of the weight.", above=0)
+
+
+@dataclass(kw_only=True)
+class Update:
+    """One optimizer step within a training step; the order in the file is the order of the updates."""
+
+    params: list[str] | None = setting(None, "Glob patterns of the parameters that it trains. null: all.")
+    parts: list[str] | None = setting(None, "Model parts that it runs. null: all.")
+    terms: list[str] | None = setting(None, "Loss terms that it sums. null: all.")
+    optim: dict[str, Any] = setting({}, "Settings that differ from the `optim` section.")
+    start: int = setting(0, "First step (0-based) at which it runs.", at_least=0)
+    every: int = setting(1, "Runs every n-th step from `start`.", at_least=1)
+    adaptive: Adaptive | None = setting(None, "A loss weight computed from gradients.")
+
+    def settings(self, optim: Optim) -> Optim:
+        """The optimizer of this update: the `optim` section with what the update says otherwise."""
+        return build(Optim, to_plain(optim) | self.optim, "updates.*.optim")
+
+
+@dataclass(kw_only=True)
+class Schedule:
+    """The learning rate over the run, as a factor on optim.lr."""
+
+    name: str = setting(
+        "constant", "Shape after the warm-up.", choices=("constant", "linear", "cosine", "exponential", "wsd", "inverse_sqrt")
+    )
+    warmup: int | float = setting(0, "Linear rise, in steps or (below 1) as a fraction of the run.", at_least=0)
+    decay: int | float | None = setting(
+        None, "Length of the decay (wsd: of the last phase), likewise. null: the rest of the run (wsd: must be given).", above=0
+    )
+    floor: float = setting(0.0, "Smallest factor, as a fraction of optim.lr.", at_least=0, at_most=1)
+
+    def problem(self) -> str | None:
+        if self.name in ("constant", "inverse_sqrt") and self.decay is not None:
+            return f"decay = {self.decay}: a {self.name} schedule has no decay length. Remove it."
+        if self.name == "constant" and self.floor:
+            return f"floor = {self.floor}: a constant schedule never decays. Remove it, or choose another name."
+        if self.name == "wsd" and self.decay is None:
+            return "decay: wsd needs the length of its last phase, in steps or as a fraction, e.g. decay: 0.1."
+        if self.name == "exponential" and not self.floor:
+            return "floor = 0.0: an exponential decay never reaches 0. Give the factor at its end, e.g. floor: 0.01."
+        return None
+
+
+@dataclass(kw_only=True)
+class Parallel:
+    """The mesh, and what is done to each repeating unit on it."""
+
+    dp_replicate: int = setting(1, "Copies of the model (HSDP); -1 takes what is left.")
+    dp_shard: int = setting(
+        -1, "Ranks over which parameters, gradients and optimizer state are sharded (FSDP2); -1 takes what is left."
+    )
+    tp: int = setting(1, "Tensor-parallel ranks.", at_least=1)
+    cp: int = setting(1, "Ranks that share a sequence. Not built yet: 1.", at_least=1, at_most=1)
+    pp: int = setting(1, "Pipeline stages. Not built yet: 1.", at_least=1, at_most=1)
+    ep: int = setting(1, "Expert-parallel ranks. Not built yet: 1.", at_least=1, at_most=1)
+    precision: str = setting(
+        "fp32",
+        "Of the computation; master weights, gradient reduction and optimizer state are fp32 (fp64: all fp64).",
+        choices=("fp32", "bf16", "fp64"),
+        reasons={"fp16": "it needs a loss scaler that all ranks agree on, and bf16 does not. Write bf16"},
+    )
+    checkpoint: str | int = setting(
+        "none",
+        "Activation checkpointing: none, full, selective (matmuls and attention are kept), or n: every n-th unit.",
+        choices=("none", "full", "selective"),
+        at_least=1,
+    )
+    compile: bool = setting(False, "torch.compile each repeating unit.")
+    reshard_after_forward: bool = setting(
+        True, "Free a unit's gathered parameters after its forward: less memory, more communication."
+    )
+
+    def problem(self) -> str | None:
+        for axis in ("dp_replicate", "dp_shard"):
+            size = getattr(self, axis)
+            if size < 1 and size != -1:
+                return f"{axis} = {size}: a positive number, or -1 for what is left."
+        return None
+
+
+@dataclass(kw_only=True)
+class Ema:
+    """An exponential moving average of the weights, kept in fp32."""
+
+    decay: float = setting(doc="Per step.", at_least=0, at_most=1)
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """Saving and resuming."""
+
+    every: int | None = setting(1000, "Steps between saves. null: only at the end.", at_least=1)
+    keep_last: int = setting(2, "How many of the newest are kept.", at_least=1)
+    keep_every: int | None = setting(None, "Also keep every checkpoint whose step is a multiple of this.", at_least=1)
+    resume: str = setting(
+        "auto",
+        "auto: continue this run's newest checkpoint; never: refuse a folder that holds a run; else the path of one to start from.",
+    )
+    asynchronous: bool = setting(True, "Write in the background while training goes on.")
+
+
+@dataclass(kw_only=True)
+class Wandb:
+    """Weights & Biases; entity, key and host come from `.wandb.yaml` or the environment."""
+
+    project: str = setting("l3m-like", "Project.")
+    entity: str | None = setting(None, "Team or user. null: from .wandb.yaml or the environment.")
+    mode: str = setting("online", "online or offline.", choices=("online", "offline"))
+    tags: list[str] = setting([], "Tags of the run.")
+
+
+@dataclass(kw_only=True)
+class Log:
+    """What is reported, and how often. metrics.jsonl is always written."""
+
+    every: int = setting(10, "Steps between logged lines.", at_least=1)
+    console: bool = setting(True, "Print a line (a live one in a terminal).")
+    wandb: Wandb | None = setting(None, "Report to Weights & Biases. null: off; {} takes its defaults.")
+    tensorboard: bool = setting(False, "Write TensorBoard events.")
+    aim: bool = setting(False, "Report to Aim.")
+    refs: bool = setting(False, "Write each step's sample references into metrics.jsonl.")
+
+
+@dataclass(kw_only=True)
+class Eval:
+    """One evaluation."""
+
+    data: dict[str, Any] = setting(doc="The dataset (a `_target_`, as in `data`).")
+    every: int | None = setting(None, "Steps between evaluations. null: only at the end.", at_least=1)
+    loss: dict[str, Any] | None = setting(None, "Losses and metrics (named, as in `loss`). null: those of the run.")
+    samples: int | None = setting(None, "Rows that are read. null: the whole set.", at_least=1)
+
+
+@dataclass(kw_only=True)
+class Init:
+    """Weights to start from."""
+
+    from_: str = setting(doc="A folder (or hub name) with Hugging Face safetensors, or a checkpoint of another run.", key="from")
+    strict: bool = setting(True, "Every parameter must be found there.")
+
+
+@dataclass(kw_only=True)
+class Guard:
+    """What happens on a step with a NaN or a spike; its update is always skipped, on all ranks."""
+
+    spike_factor: float | None = setting(
+        None,
+        "A gradient norm above this factor times the window's median is a bad step. null: only NaN and infinity are.",
+        above=1,
+    )
+    window: int = setting(100, "Steps of the median.", at_least=2)
+    max_bad_steps: int = setting(10, "Bad steps in a row after which the run ends.", at_least=1)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Where the run lives. One run is one directory and one id, equal on all ranks, kept on resume."""
+
+    dir: str = setting("runs", "Folder of the runs, relative to the working directory.")
+    name: str | None = setting(None, "Name of the run's directory. null: that of the config file.")
+    id: str | None = setting(None, "Identifies the run in trackers. null: made at its first start.")
+    imports: list[str] = setting(
+        [], "Folders of your own modules (`_target_: my_block.MyBlock`). The config file's own folder is added."
+    )
+
+
+@dataclass(kw_only=True)
+class Launcher:
+    """The jobs of a sweep that `hydra/launcher=torchrun` starts."""
+
+    gpus_per_job: int | None = setting(None, "GPUs that a job gets to itself. null: 1 where there are GPUs, else 0.", at_least=0)
+    processes_per_job: int | None = setting(None, "Processes of a job. null: one per GPU, or one.", at_least=1)
+    parallel_jobs: int | None = setting(None, "Jobs at a time. null: as many as the GPUs hold; without GPUs one.", at_least=1)

@@ -1,0 +1,272 @@
+"""MetaModel: preprocessor, trunk, postprocessor and head blocks that share one data_dict.
+
+Each part is a block, another MetaModel, or a named dict of them (named, so that a config can override one and a parameter
+keeps its name when another is inserted). A MetaModel is entered only by its ``forward``; the order of its blocks is fixed
+when it is built, and a ``Graph`` says which of them run and which keys are dropped after which block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l3m_like.core.block import Data, ReadWriteBlock
+from l3m_like.core.errors import UserError, did_you_mean
+
+PARTS = ("preprocessor", "trunk", "postprocessor", "head")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block of a graph, and the keys that nobody reads after it."""
+
+    path: str
+    block: ReadWriteBlock
+    drop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The blocks that run, in order. The training graph and the inference graph of a model share the modules."""
+
+    steps: tuple[Step, ...]
+    inference: bool = False
+
+    def run(self, data: Data) -> Data:
+        for step in self.steps:
+            data = step.block(data, self.inference)
+            for key in step.drop:
+                data.pop(key, None)  # the block returned a new dict, so this one is ours
+        return data
+
+
+class MetaModel(nn.Module):
+    """Blocks in series that share a data_dict.
+
+    Args:
+        preprocessor, trunk, postprocessor, head: each a block, a MetaModel, or a named dict of them, run in this order.
+        stream: the default stream of every block inside (see ``ReadWriteBlock``).
+        tie: ``{parameter: parameter it shares}``, e.g. ``{head.proj.weight: preprocessor.embed.weight}``.
+
+    Raises:
+        UserError: a part is not a block, or a tied name is not a parameter.
+    """
+
+    def __init__(
+        self,
+        preprocessor: Any = None,
+        trunk: Any = None,
+        postprocessor: Any = None,
+        head: Any = None,
+        *,
+        stream: str | None = None,
+        tie: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, part in zip(PARTS, (preprocessor, trunk, postprocessor, head), strict=True):
+            if part is not None:
+                self.add_module(name, as_part(part, name))
+        if not any(True for _ in self.children()):
+            raise UserError(f"MetaModel is empty: give it at least one of {', '.join(PARTS)}.")
+        self.set_stream(stream)
+        self.tie = dict(tie or {})
+        self.retie()
+        self.graph = Graph(tuple(Step(path, block) for path, block in self.blocks()))
+
+    def set_stream(self, stream: str | None) -> None:
+        for _, block in walk(self):
+            block.set_stream(stream)
+
+    def blocks(self) -> Iterator[tuple[str, ReadWriteBlock]]:
+        """``(path, block)`` of every block in execution order."""
+        return walk(self)
+
+    def retie(self) -> None:
+        """Make the tied parameters one tensor again (``to_empty`` and sharding part them)."""
+        for target, source in self.tie.items():
+            parameter = self._parameter(source)
+            owner, _, leaf = target.rpartition(".")
+            self._parameter(target)
+            setattr(self.get_submodule(owner), leaf, parameter)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        owner, _, leaf = name.rpartition(".")
+        try:
+            parameter = getattr(self.get_submodule(owner), leaf)
+        except AttributeError:
+            names = [n for n, _ in self.named_parameters(remove_duplicate=False)]
+            raise UserError(f"tie: '{name}' is not a parameter of this model. {did_you_mean(name, names)}") from None
+        return parameter
+
+    def forward(self, data: Data, graph: Graph | None = None) -> Data:
+        """Run ``graph`` (default: the training graph) on ``data``; the given dict is not changed."""
+        return (graph or self.graph).run(dict(data))
+
+    def inference(self) -> Graph:
+        """The smaller graph: without ``training_only`` blocks, and with what blocks write at inference."""
+        return Graph(tuple(Step(p, b) for p, b in self.blocks() if not b.training_only), inference=True)
+
+
+class Series(nn.ModuleDict):
+    """Named MetaModels that run one after the other: ``model:`` as a named dict."""
+
+
+def as_part(part: Any, path: str) -> nn.Module:
+    """A block or a MetaModel as it is; a named dict of them as a ModuleDict; anything else is an error."""
+    if isinstance(part, (ReadWriteBlock, MetaModel)):
+        return part
+    if isinstance(part, Mapping):
+        return nn.ModuleDict({name: as_part(value, f"{path}.{name}") for name, value in part.items() if value is not None})
+    raise UserError(
+        f"{path} is a {type(part).__name__}; a part is a block (ReadWriteBlock), a MetaModel or a named dict of them. "
+        "Lift any other nn.Module with l3m_like.core.Wrap(module, reads, writes)."
+    )
+
+
+def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, ReadWriteBlock]]:
+    """Every block below ``module`` in execution order. Frozen parts and towers are one block each."""
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}" if path else name
+        if isinstance(child, ReadWriteBlock):
+            yield child_path, child
+        else:
+            yield from walk(child, child_path)
+
+
+class _Nested(ReadWriteBlock):
+    """A MetaModel (or block) seen from outside as one block: its ports are the keys that cross its border."""
+
+    def __init__(self, model: Any, *, training_only: bool = False, writes: Iterable[str] | None = None) -> None:
+        self._inputs: dict[str, bool] = {}
+        self._outputs: tuple[str, ...] = ()
+        super().__init__(training_only=training_only)
+        self.model = model if isinstance(model, MetaModel) else MetaModel(model)
+        self._only = tuple(writes) if writes is not None else None
+        self._refresh()
+
+    def _refresh(self) -> None:
+        written: dict[str, None] = {}
+        inputs: dict[str, bool] = {}
+        for _, block in self.model.blocks():
+            for port, key in block.reads.items():
+                if key not in written:
+                    inputs[key] = inputs.get(key, True) and port not in block.required
+            written |= dict.fromkeys(block.writes.values())
+        if self._only is not None:
+            for key in self._only:
+                if key not in written:
+                    raise UserError(f"{type(self).__name__} writes '{key}', which no block inside writes. {did_you_mean(key, written)}")
+        self._inputs, self._outputs = inputs, self._only if self._only is not None else tuple(written)
+        self.ports = dict(inputs)
+
+    def set_stream(self, stream: str | None) -> None:
+        self.model.set_stream(stream)
+        self._refresh()
+
+    def read_ports(self) -> dict[str, bool]:
+        return {}
+
+    @property
+    def reads(self) -> dict[str, str]:
+        return {key: key for key in self._inputs}
+
+    @property
+    def required(self) -> set[str]:
+        return {key for key, optional in self._inputs.items() if not optional}
+
+    @property
+    def writes(self) -> dict[str, str]:
+        return {key: key for key in self._outputs}
+
+    def writes_in(self, inference: bool) -> dict[str, str]:
+        return self.writes
+
+    def shard_units(self) -> Iterable[nn.Module]:
+        for _, block in self.model.blocks():
+            yield from block.shard_units()
+
+    def flops(self, **ports: Any) -> int | None:
+        with torch.no_grad():
+            data, total = dict(ports), 0
+            for _, block in self.model.blocks():
+                part = block.flops(**{port: data[key] for port, key in block.reads.items() if key in data})
+                if part is None:
+                    return None
+                data, total = block(data), total + part
+        return total
+
+    def _run(self, data: Data) -> Data:
+        inside = self.model({key: data[key] for key in self._inputs if key in data})
+        return {key: inside[key] for key in self._outputs}
+
+
+class Frozen(_Nested):
+    """A MetaModel or block that is not trained: no gradients, evaluation mode, its own dtype, no optimizer state.
+
+    Args:
+        model: what is frozen.
+        dtype: of its parameters and floating-point inputs (None: as they are).
+        random_weights: accept that no weights were loaded; it is printed and stamped into every report.
+    """
+
+    def __init__(self, model: Any, *, dtype: str | None = None, random_weights: bool = False, training_only: bool = False) -> None:
+        super().__init__(model, training_only=training_only)
+        self.random_weights = random_weights
+        self.loaded_from: str | None = None  # set by whoever loads the weights
+        self.model.requires_grad_(False)
+        if dtype is not None:
+            self.model.to(getattr(torch, dtype))
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)
+
+    def forward(self, data: Data, inference: bool = False) -> Data:
+        with torch.no_grad():
+            return data | self._run(data)
+
+
+class Tower(_Nested):
+    """A MetaModel whose input may be absent on this rank (a batch without images).
+
+    Under FSDP every rank must run every sharded module, or the others wait for ever. A tower without input therefore runs
+    its declared dummy row, and what it writes is cut to length zero: the shapes are those of "no image", every parameter
+    takes part in the graph, and its gradient is an exact zero (not ``0 * NaN``).
+
+    Args:
+        model: what runs.
+        dummy: ``{key: shape of one row}`` of its inputs (without the batch dimension), filled with zeros.
+        dtypes: ``{key: dtype name}`` of those that are not float32.
+    """
+
+    def __init__(
+        self, model: Any, *, dummy: Mapping[str, Iterable[int]], dtypes: Mapping[str, str] | None = None, training_only: bool = False
+    ) -> None:
+        super().__init__(model, training_only=training_only)
+        self._dummy = {key: tuple(shape) for key, shape in dummy.items()}
+        self._dtypes = dict(dtypes or {})
+        for key in self._dummy:
+            if key not in self._inputs:
+                raise UserError(f"Tower.dummy names '{key}', which its model does not read. {did_you_mean(key, self._inputs)}")
+
+    @property
+    def required(self) -> set[str]:
+        return super().required - set(self._dummy)
+
+    def dummy(self, device: torch.device) -> dict[str, Tensor]:
+        """One row of zeros per declared input."""
+        return {
+            key: torch.zeros(1, *shape, dtype=getattr(torch, self._dtypes.get(key, "float32")), device=device)
+            for key, shape in self._dummy.items()
+        }
+
+    def forward(self, data: Data, inference: bool = False) -> Data:
+        if all(key in data and data[key].shape[0] > 0 for key in self._dummy):
+            return data | self._run(data)
+        device = next(self.model.parameters()).device
+        out = self._run({k: v for k, v in data.items() if k not in self._dummy} | self.dummy(device))
+        return data | {key: value[:0] for key, value in out.items()}

@@ -1,0 +1,168 @@
+"""One function that puts a model on a mesh, in a fixed order: TP -> checkpointing -> compile -> FSDP per unit -> root.
+
+A layer owns its tensor-parallel plan, a block its repeating units; nothing here knows a class name, and no parameter
+changes its name.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.core.meta_model import Frozen, MetaModel, Tower, walk
+from l3m_like.distributed.mesh import Mesh
+
+# blocks return new tensors and never write into one in place, so a root that returns views is safe
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+#: how a layer's plan is written -> what torch is told; None: the parameter is whole on every tp rank
+TP_STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel, "replicated": None, "summed": None, "vocab": None}
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+#: what selective checkpointing keeps: the results of matmuls and attention, which are dear to recompute
+_SAVED_OPS = frozenset(
+    op
+    for op in (
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    )
+)
+
+
+def parallelize(
+    part: MetaModel,
+    mesh: Mesh,
+    *,
+    precision: str = "fp32",
+    checkpointing: str | int = "none",
+    compile_units: bool = False,
+    reshard_after_forward: bool = True,
+) -> MetaModel:
+    """Put ``part`` (on the meta device, or materialised) on ``mesh``, in place; returns it.
+
+    Args:
+        precision: of the computation: ``fp32``, ``bf16`` (fp32 masters, fp32 gradient reduction) or ``fp64``.
+        checkpointing: ``none``, ``full``, ``selective`` (matmuls and attention are kept), or n: every n-th unit.
+        compile_units: ``torch.compile`` each repeating unit.
+        reshard_after_forward: free a unit's gathered parameters after its forward (less memory, more communication).
+    """
+    units = [unit for _, block in part.blocks() for unit in block.shard_units()]
+    if mesh.size("tp") > 1:
+        apply_tensor_parallel(part, mesh)
+        part.retie()
+    if checkpointing != "none":
+        apply_checkpointing(units, checkpointing)
+    if compile_units:
+        for unit in units:
+            unit.compile()
+    if precision == "fp64":
+        part.double()
+        part.retie()
+    if mesh.world_size > 1 or precision == "bf16":
+        apply_fsdp(part, units, mesh, precision, reshard_after_forward)
+    return part
+
+
+def apply_tensor_parallel(part: MetaModel, mesh: Mesh) -> None:
+    """Apply every layer's own ``tp_plan``; each name is checked, and so is each parameter of a unit that has a plan."""
+    planned: set[str] = set()
+    for path, module in part.named_modules():
+        for name, style in getattr(module, "tp_plan", dict)().items():
+            where = f"{path}.{name}" if path else name
+            if style not in TP_STYLES:
+                raise UserError(f"tp_plan of {path}: '{style}' is not a style. {did_you_mean(style, TP_STYLES)}")
+            target = _resolve(module, name, path)
+            if isinstance(target, nn.Module):
+                planned |= {f"{where}.{leaf}" for leaf, _ in target.named_parameters(remove_duplicate=False)}
+            else:
+                planned.add(where)
+            if TP_STYLES[style] is not None:
+                _check_divides(target, style, where, mesh.size("tp"))
+                parallelize_module(module, mesh["tp"], {name: TP_STYLES[style]()})
+            elif style == "summed":
+                leaves = [f"{name}.{leaf}" for leaf, _ in target.named_parameters()] if isinstance(target, nn.Module) else [name]
+                module.tp_summed = (*getattr(module, "tp_summed", ()), *leaves)  # read by distributed/gradients.py
+    for unit_path, unit in _named_units(part):
+        names = [f"{unit_path}.{leaf}" for leaf, _ in unit.named_parameters(remove_duplicate=False)]
+        left = [name for name in names if name not in planned]
+        if left and len(left) < len(names):
+            raise UserError(
+                f"tensor parallel: {left[0]} (of {unit_path}) is in no tp_plan. Name every parameter of the unit: "
+                "'colwise', 'rowwise', 'replicated', or 'summed' if its gradient is a part of the sum on each tp rank."
+            )
+
+
+def _resolve(module: nn.Module, name: str, path: str) -> nn.Module | nn.Parameter:
+    owner, _, leaf = name.rpartition(".")
+    try:
+        return getattr(module.get_submodule(owner), leaf)
+    except AttributeError:
+        names = [n for n, _ in module.named_modules() if n] + [n for n, _ in module.named_parameters()]
+        raise UserError(f"tp_plan of {path or 'the model'} names '{name}', which it does not have. {did_you_mean(name, names)}") from None
+
+
+def _check_divides(target: Any, style: str, where: str, tp: int) -> None:
+    size = target.weight.shape[0 if style == "colwise" else 1]
+    if size % tp:
+        raise UserError(f"tensor parallel: {where} has {size} {'outputs' if style == 'colwise' else 'inputs'}, not a multiple of parallel.tp {tp}.")
+
+
+def _named_units(part: MetaModel) -> Iterator[tuple[str, nn.Module]]:
+    names = {id(module): name for name, module in part.named_modules()}
+    for _, block in part.blocks():
+        for unit in block.shard_units():
+            yield names[id(unit)], unit
+
+
+def apply_checkpointing(units: list[nn.Module], mode: str | int) -> None:
+    """Recompute the chosen units in the backward pass. Parameter names do not change."""
+    every = mode if isinstance(mode, int) else 1
+    if mode not in ("full", "selective") and not (isinstance(mode, int) and every >= 1):
+        raise UserError(f"parallel.checkpoint is {mode!r}; it is none, full, selective or a number n (every n-th unit).")
+    context = {"context_fn": _selective_context} if mode == "selective" else {}
+    for unit in units[::every]:
+        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, **context)  # type: ignore[method-assign]
+
+
+def _selective_context() -> Any:
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in _SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def apply_fsdp(part: MetaModel, units: list[nn.Module], mesh: Mesh, precision: str, reshard_after_forward: bool) -> None:
+    """FSDP2 per unit, per frozen part or tower, and on the root, summing gradients (no factor of the mesh anywhere)."""
+    dtype = DTYPES[precision]
+    # inputs are never cast: the data_dict holds times, targets and positions that must stay in fp32
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if precision == "bf16" else None,
+        reduce_dtype=torch.float32 if precision == "bf16" else None,
+        cast_forward_inputs=False,
+    )
+    for unit in units:
+        fully_shard(unit, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    for _, block in walk(part):
+        if isinstance(block, (Frozen, Tower)) and any(True for _ in block.parameters()):
+            fully_shard(block.model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(part, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            # the loss is already divided by global counts, so gradients are summed over the mesh, and nothing else
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

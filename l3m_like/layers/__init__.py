@@ -1,0 +1,19 @@
+"""Tensors in, tensors out: nn.Modules that know no key, no mesh and no config."""
+
+from l3m_like.core.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "attention": ["Attention"],
+        "cache": ["StaticCache", "LayerCache"],
+        "embedding": ["TimeEmbed"],
+        "masks": ["AttentionMask", "LoweredMask", "lower", "attended_pairs"],
+        "mlp": ["MLP", "SwiGLU"],
+        "modulation": ["Modulation", "modulate"],
+        "norm": ["RMSNorm", "LayerNorm"],
+        "patch_embed": ["PatchProjection", "patchify", "unpatchify", "sincos_positions"],
+        "rope": ["Rope", "apply_rope"],
+        "transformer": ["TransformerLayer", "DiTLayer"],
+    },
+)

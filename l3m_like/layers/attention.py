@@ -1,0 +1,123 @@
+"""Multi-head attention with grouped key/value heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from l3m_like.core.errors import UserError
+from l3m_like.core.init import Init, Normal, Ones, XavierUniform, Zeros
+from l3m_like.kernels.attention import attention, resolve_attention
+from l3m_like.layers.cache import LayerCache
+from l3m_like.layers.masks import LoweredMask
+from l3m_like.layers.norm import RMSNorm
+from l3m_like.layers.rope import apply_rope
+
+
+class Attention(nn.Module):
+    """Attention [B, S, D] -> [B, S, D].
+
+    Args:
+        dim: D.
+        num_heads: H, query heads.
+        num_kv_heads: Hkv, key/value heads (None: H); query heads j*g .. j*g+g-1 share key head j.
+        head_dim: K (None: D / H); it need not be D / H.
+        qk_norm: RMSNorm over K of queries and keys, per head, before RoPE (Qwen3).
+        bias: of the query, key and value projections.
+        out_bias: of the output projection (None: as ``bias``; Qwen2 has the first and not the second).
+        norm_eps: of the QK-norm.
+        backend: "auto", "sdpa" or "reference" (see ``kernels/attention.py``).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        norm_eps: float = 1e-6,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise UserError(f"Attention: num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads}).")
+        if head_dim is None and dim % num_heads:
+            raise UserError(f"Attention: dim ({dim}) is not a multiple of num_heads ({num_heads}); change one or give head_dim.")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.backend = resolve_attention(backend)
+        #: of the four projections; a DiT layer sets Xavier here
+        self.weight_init: Init = Normal(0.02)
+        width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(dim, width, bias=bias)
+        self.k_proj = nn.Linear(dim, kv_width, bias=bias)
+        self.v_proj = nn.Linear(dim, kv_width, bias=bias)
+        self.out_proj = nn.Linear(width, dim, bias=bias if out_bias is None else out_bias)
+        self.q_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: LoweredMask | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """x [B, S, D]; rope (cos, sin) each [B or 1, S, K]; mask lowered for ``self.backend`` (None: full); with a cache,
+        the mask covers all keys in it."""
+        x = x.to(self.q_proj.weight.dtype)
+        # -1, not num_heads: under tensor parallelism a projection returns this rank's heads
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or Hkv, S, K]
+        if cache is not None:
+            k, v = cache.append(k, v)
+        mask = LoweredMask() if mask is None else mask
+        out = attention(q, k, v, mask.allowed, mask.causal, backend=self.backend)
+        if mask.live is not None:
+            out = torch.where(mask.live, out, 0)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def make_cache(self, max_len: int, dtype: torch.dtype | None = None) -> LayerCache:
+        """An empty cache for ``max_len`` tokens per row; ``dtype`` None: that of the keys."""
+        return LayerCache(max_len, dtype)
+
+    def flops(self, tokens: int, pairs: int) -> int:
+        """Forward FLOPs of ``tokens`` tokens among which ``pairs`` (query, key) pairs attend."""
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return 2 * tokens * self.dim * (2 * width + 2 * kv_width) + 4 * pairs * width
+
+    def tp_plan(self) -> dict[str, str]:
+        plan = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "out_proj": "rowwise"}
+        if self.out_proj.bias is not None:
+            plan["out_proj.bias"] = "replicated"
+        if self.q_norm is not None:
+            # each rank sees its own heads only, so its gradient is a part of the sum
+            plan |= {"q_norm": "summed", "k_norm": "summed"}
+        return plan
+
+    def init_spec(self) -> dict[str, Init]:
+        inner = self.weight_init
+        if isinstance(inner, XavierUniform):
+            # the reference draws query, key and value as one fused matrix
+            inner = replace(inner, fan_in=self.dim, fan_out=(self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
+        spec: dict[str, Init] = {f"{name}.weight": inner for name in ("q_proj", "k_proj", "v_proj")}
+        spec["out_proj.weight"] = self.weight_init
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            if getattr(self, name).bias is not None:
+                spec[f"{name}.bias"] = Zeros()
+        if self.q_norm is not None:
+            spec |= {"q_norm.weight": Ones(), "k_norm.weight": Ones()}
+        return spec

@@ -1,0 +1,52 @@
+"""Embeddings of scalars."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l3m_like.core.errors import UserError
+from l3m_like.core.init import Init, Normal, Zeros
+
+
+def sinusoid(time: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """``[cos(t f) | sin(t f)]`` with f_i = 10000^(-i / (width/2)), i < width/2 (as DiT and SiT); time [...] -> [..., width]."""
+    half = width // 2
+    frequency = torch.exp(torch.arange(half, device=time.device).to(dtype) * (-math.log(10000.0) / half))
+    angle = time.to(dtype).unsqueeze(-1) * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+class TimeEmbed(nn.Module):
+    """A time [B] as a vector [B, D]: sinusoid (at least float32) -> Linear -> SiLU -> Linear.
+
+    Args:
+        dim: D.
+        frequencies: width of the sinusoid, even.
+    """
+
+    def __init__(self, dim: int, *, frequencies: int = 256) -> None:
+        super().__init__()
+        if frequencies % 2:
+            raise UserError(f"TimeEmbed: frequencies must be even, got {frequencies}.")
+        self.dim = dim
+        self.frequencies = frequencies
+        self.up = nn.Linear(frequencies, dim)
+        self.down = nn.Linear(dim, dim)
+
+    def forward(self, time: Tensor) -> Tensor:
+        weight = self.up.weight
+        wave = sinusoid(time, self.frequencies, torch.promote_types(weight.dtype, torch.float32))
+        return self.down(F.silu(self.up(wave.to(weight.dtype))))
+
+    def flops(self, rows: int) -> int:
+        return 2 * rows * self.dim * (self.frequencies + self.dim)
+
+    def tp_plan(self) -> dict[str, str]:
+        return {"up": "replicated", "down": "replicated"}
+
+    def init_spec(self) -> dict[str, Init]:
+        return {"up.weight": Normal(0.02), "up.bias": Zeros(), "down.weight": Normal(0.02), "down.bias": Zeros()}

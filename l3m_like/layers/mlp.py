@@ -1,0 +1,88 @@
+"""Feed-forward layers [B, S, D] -> [B, S, D]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.core.init import Init, Normal, Zeros
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` without biases (Shazeer, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, *, hidden_dim: int) -> None:
+        super().__init__()
+        if hidden_dim < 1:
+            raise UserError(f"SwiGLU: hidden_dim must be at least 1, got {hidden_dim}.")
+        self.dim = dim
+        self.hidden_dim = hidden_dim
+        self.weight_init: Init = Normal(0.02)
+        self.gate = nn.Linear(dim, hidden_dim, bias=False)
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.up.weight.dtype)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def flops(self, tokens: int) -> int:
+        return 6 * tokens * self.dim * self.hidden_dim
+
+    def tp_plan(self) -> dict[str, str]:
+        return {"gate": "colwise", "up": "colwise", "down": "rowwise"}
+
+    def init_spec(self) -> dict[str, Init]:
+        return {f"{name}.weight": self.weight_init for name in ("gate", "up", "down")}
+
+
+class MLP(nn.Module):
+    """``down(activation(up(x)))``.
+
+    Args:
+        dim: D.
+        ratio: hidden width / D, used when ``hidden_dim`` is None.
+        hidden_dim: hidden width.
+        activation: "gelu_tanh", "gelu" (exact), "relu" or "silu".
+        bias: of both projections.
+    """
+
+    def __init__(
+        self, dim: int, *, ratio: float = 4.0, hidden_dim: int | None = None, activation: str = "gelu_tanh", bias: bool = True
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise UserError(f"MLP: no activation '{activation}'. {did_you_mean(activation, ACTIVATIONS)}")
+        self.dim = dim
+        self.hidden_dim = int(dim * ratio) if hidden_dim is None else hidden_dim
+        if self.hidden_dim < 1:
+            raise UserError(f"MLP: the hidden width must be at least 1, got {self.hidden_dim} (dim {dim}, ratio {ratio}).")
+        self.activation = ACTIVATIONS[activation]
+        self.weight_init: Init = Normal(0.02)
+        self.up = nn.Linear(dim, self.hidden_dim, bias=bias)
+        self.down = nn.Linear(self.hidden_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x.to(self.up.weight.dtype))))
+
+    def flops(self, tokens: int) -> int:
+        return 4 * tokens * self.dim * self.hidden_dim
+
+    def tp_plan(self) -> dict[str, str]:
+        plan = {"up": "colwise", "down": "rowwise"}
+        return plan if self.down.bias is None else plan | {"down.bias": "replicated"}
+
+    def init_spec(self) -> dict[str, Init]:
+        spec: dict[str, Init] = {f"{name}.weight": self.weight_init for name in ("up", "down")}
+        return spec if self.up.bias is None else spec | {"up.bias": Zeros(), "down.bias": Zeros()}

@@ -1,0 +1,36 @@
+"""adaLN modulation: shifts, scales and gates from a condition vector (Peebles and Xie, arXiv:2212.09748)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l3m_like.core.init import Init, Zeros
+
+
+class Modulation(nn.Module):
+    """``Linear(SiLU(condition))`` cut into ``num`` vectors [B, 1, D]; zero-initialised, so that a new layer is the identity."""
+
+    def __init__(self, dim: int, num: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num = num
+        self.proj = nn.Linear(dim, num * dim)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """condition [B, D] -> ``num`` tensors [B, 1, D]."""
+        return self.proj(F.silu(condition.to(self.proj.weight.dtype))).unsqueeze(1).chunk(self.num, dim=-1)
+
+    def flops(self, rows: int) -> int:
+        return 2 * rows * self.dim * self.num * self.dim
+
+    def tp_plan(self) -> dict[str, str]:
+        return {"proj": "replicated"}
+
+    def init_spec(self) -> dict[str, Init]:
+        return {"proj.weight": Zeros(), "proj.bias": Zeros()}
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x * (1 + scale) + shift``."""
+    return x * (1 + scale) + shift

@@ -1,0 +1,60 @@
+"""Images as rows of patches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from l3m_like.core.errors import UserError
+from l3m_like.core.init import Init, XavierUniform, Zeros
+
+
+def patchify(image: Tensor, patch: int) -> Tensor:
+    """[B, C, H, W] -> [B, N, C*p*p]; patches row by row, inside one in the order (C, p, p) of a convolution's weight."""
+    batch, channels, height, width = image.shape
+    grid = image.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+
+
+def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """[B, N, p*p*C] -> [B, C, H, W]; inside a patch in the order (p, p, C), which is that of DiT and SiT."""
+    batch = patches.shape[0]
+    grid = patches.reshape(batch, height // patch, width // patch, patch, patch, -1)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
+
+
+def sincos_positions(rows: int, columns: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Fixed 2-D sinusoids [rows*columns, dim]: the first half encodes the column, the second the row, each
+    ``[sin | cos]`` with frequencies 10000^(-i / (dim/4)) (as MAE, DiT and SiT). Computed in float64, once per forward."""
+    quarter = dim // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, device=device).double() / quarter)
+    halves = []
+    column = torch.arange(columns, device=device).repeat(rows)
+    row = torch.arange(rows, device=device).repeat_interleave(columns)
+    for place in (column, row):
+        angle = place.double().unsqueeze(-1) * frequency
+        halves += [angle.sin(), angle.cos()]
+    return torch.cat(halves, dim=-1).to(dtype)
+
+
+class PatchProjection(nn.Module):
+    """Linear map of image patches: [B, C, H, W] -> [B, N, D] (a convolution with stride = kernel = patch)."""
+
+    def __init__(self, dim: int, *, patch: int, channels: int) -> None:
+        super().__init__()
+        if patch < 1:
+            raise UserError(f"patch must be at least 1, got {patch}.")
+        self.patch = patch
+        self.proj = nn.Linear(channels * patch * patch, dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(patchify(image.to(self.proj.weight.dtype), self.patch))
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.proj.in_features * self.proj.out_features
+
+    def tp_plan(self) -> dict[str, str]:
+        return {"proj": "replicated"}
+
+    def init_spec(self) -> dict[str, Init]:
+        return {"proj.weight": XavierUniform(), "proj.bias": Zeros()}

@@ -1,0 +1,88 @@
+"""Transformer layers: residual streams around a sequence mixer and an MLP, both given as constructors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from l3m_like.core.init import Init, Ones, XavierUniform
+from l3m_like.layers.cache import LayerCache
+from l3m_like.layers.masks import LoweredMask
+from l3m_like.layers.modulation import Modulation, modulate
+from l3m_like.layers.norm import LayerNorm, RMSNorm
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm layer: ``x += mixer(norm_1(x)); x += mlp(norm_2(x))``, x [B, S, D].
+
+    Args:
+        dim: D.
+        mixer: ``mixer(dim)`` mixes along the sequence: called with (x, rope, mask, cache), has ``flops(tokens, pairs)``.
+        mlp: ``mlp(dim)``, called with x, has ``flops(tokens)``.
+        norm_eps: of both RMSNorms.
+    """
+
+    mixer: Any
+    mlp: Any
+
+    def __init__(
+        self, dim: int, *, mixer: Callable[[int], nn.Module], mlp: Callable[[int], nn.Module], norm_eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        self.norm_1 = RMSNorm(dim, eps=norm_eps)
+        self.mixer = mixer(dim)
+        self.norm_2 = RMSNorm(dim, eps=norm_eps)
+        self.mlp = mlp(dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: LoweredMask | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x = x + self.mixer(self.norm_1(x), rope, mask, cache)
+        return x + self.mlp(self.norm_2(x))
+
+    def flops(self, tokens: int, pairs: int) -> int:
+        return self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)
+
+    def tp_plan(self) -> dict[str, str]:
+        return {"norm_1": "replicated", "norm_2": "replicated"}
+
+    def init_spec(self) -> dict[str, Init]:
+        return {"norm_1.weight": Ones(), "norm_2.weight": Ones()}
+
+
+class DiTLayer(nn.Module):
+    """adaLN-Zero layer (arXiv:2212.09748): shift, scale and gate of both branches come from the condition.
+
+    Args:
+        dim: D.
+        mixer, mlp: as in ``TransformerLayer``. Their matrices are drawn Xavier-uniform, as DiT and SiT do.
+    """
+
+    mixer: Any
+    mlp: Any
+
+    def __init__(self, dim: int, *, mixer: Callable[[int], nn.Module], mlp: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.modulation = Modulation(dim, 6)
+        self.norm_1 = LayerNorm(dim)
+        self.mixer = mixer(dim)
+        self.norm_2 = LayerNorm(dim)
+        self.mlp = mlp(dim)
+        for part in (self.mixer, self.mlp):
+            if hasattr(part, "weight_init"):
+                part.weight_init = XavierUniform()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x [B, S, D], condition [B, D] -> [B, S, D]."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)
+        x = x + gate_1 * self.mixer(modulate(self.norm_1(x), shift_1, scale_1))
+        return x + gate_2 * self.mlp(modulate(self.norm_2(x), shift_2, scale_2))
+
+    def flops(self, rows: int, tokens: int, pairs: int) -> int:
+        return self.modulation.flops(rows) + self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)

@@ -1,0 +1,5 @@
+"""Losses and metrics: blocks that give a sum over this rank's rows, and its denominator from the loader's keys."""
+
+from l3m_like.core.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(__name__, {"loss": ["Loss"], "token": ["TokenNLL"], "flow": ["FlowMatching"]})

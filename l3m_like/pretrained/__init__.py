@@ -1,0 +1,5 @@
+"""Weight names of published checkpoints: one declarative map per family, read in both directions."""
+
+from l3m_like.core.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(__name__, {"name_map": ["Source", "export_state", "import_state"]})

@@ -1,0 +1,1 @@
+"""The loop (train.py) and what it calls."""

@@ -1,0 +1,80 @@
+"""What all ranks agree on before a step: one small vector, summed on the CPU group while the previous step still runs."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l3m_like.core.random import key_of
+from l3m_like.data.loader import Loader, Step
+from l3m_like.distributed.mesh import Mesh
+from l3m_like.training.updates import Update
+
+
+class Signals:
+    """SIGTERM and SIGUSR1 ask for a save and an end at the next step. ``restore`` gives the old handlers back."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._old[number] = signal.signal(number, self._ask)
+        except ValueError:  # not in the main thread (a notebook, a test): the default handlers stay
+            pass
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Upcoming:
+    """The next step's batch, and the control word that is on its way."""
+
+    batch: Step | None
+    word: Tensor
+    work: Any
+    names: list[str]
+    data_wait: float
+
+    def agreed(self, mesh: Mesh) -> tuple[Step | None, dict[str, float], bool, float]:
+        """Wait for the word: ``(batch or None on every rank, {term: global count}, stop, seconds waited for data)``."""
+        began = time.perf_counter()
+        if self.work is not None:
+            self.work.wait()
+        holders, stop, *counts = self.word.tolist()
+        batch = self.batch if holders == mesh.dp_size else None
+        totals = {name: max(count, 1.0) for name, count in zip(self.names, counts, strict=True)}
+        return batch, totals, stop > 0, self.data_wait + time.perf_counter() - began
+
+
+def fetch(loader: Loader, updates: Sequence[Update], signals: Signals, mesh: Mesh) -> Upcoming:
+    """Take the next batch and start the sum of the control word: (has a batch, wants to stop, count of each term)."""
+    began = time.perf_counter()
+    batch = loader.next_step()
+    waited = time.perf_counter() - began
+    losses = {name: loss for update in updates for name, loss in update.losses.items() if not loss.count_late}
+    counts = [sum(float(loss.count_of(micro)) for micro in batch.micro) if batch else 0.0 for loss in losses.values()]
+    # float64 holds counts exactly up to 2^53
+    word = torch.tensor([float(batch is not None), float(signals.asked), *counts], dtype=torch.float64)
+    # a signal may reach one rank alone, also one that does not speak for its rows
+    if mesh.world_size > 1 and not mesh.speaks_for_rows:
+        word[[0, *range(2, len(word))]] = 0.0
+    return Upcoming(batch, word, mesh.sum_all_async(word), list(losses), waited)
+
+
+def seed_streams(seed: int, step: int, mesh: Mesh) -> None:
+    """Seed torch's own generators for this step (dropout inside layers): a function of (seed, step, rows), so that a resumed
+    run repeats it and there is no generator state to save. Ranks that hold the same rows agree."""
+    low, high = key_of(seed, f"step/{step}/{mesh.dp_rank}")
+    torch.manual_seed((high << 31) ^ low)

@@ -1,0 +1,83 @@
+"""Evaluation during training: the run's terms over one pass of held-out data, on the live (sharded) model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from l3m_like.core.meta_model import Graph, MetaModel
+from l3m_like.core.wiring import Program, check_wiring
+from l3m_like.data.loader import EvalLoader
+from l3m_like.distributed.mesh import Mesh
+from l3m_like.losses.loss import Loss
+from l3m_like.training.optim import EMA
+
+
+class Evaluations:
+    """The ``evals`` section of a run: each is wired at the start, and run when it is due."""
+
+    def __init__(self, cfg: Any, parts: Mapping[str, MetaModel], losses: Mapping[str, Loss], mesh: Mesh, rows: int) -> None:
+        self.mesh, self.parts, self.rows, self.seed = mesh, parts, rows, cfg.seed
+        self.every = {name: evaluation.every for name, evaluation in cfg.evals.items()}
+        self.plans: dict[str, tuple[Any, Mapping[str, Loss], Mapping[str, Graph]]] = {}
+        for name in cfg.evals:
+            dataset = cfg.instantiate(f"evals.{name}.data")
+            own = cfg.instantiate(f"evals.{name}.loss") if cfg.evals[name].loss is not None else losses
+            wiring = check_wiring([Program(f"evals.{name}", parts, own)], dataset.keys(), cfg.keep)
+            self.plans[name] = dataset, own, wiring.graphs[f"evals.{name}"]
+
+    def due(self, step: int) -> list[str]:
+        return [name for name, every in self.every.items() if every is not None and step % every == 0]
+
+    def run(self, step: int, ema: EMA | None, *, last: bool) -> Iterator[tuple[str, dict[str, float]]]:
+        """``(name, values)`` of the evaluations due at ``step`` (``last``: of all), with the averaged weights if there are any."""
+        names = list(self.plans) if last else self.due(step)
+        if names and ema is not None:
+            ema.swap()
+        try:
+            for name in names:
+                dataset, losses, graphs = self.plans[name]
+                batches = EvalLoader(
+                    dataset, batch=self.rows, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size, seed=self.seed
+                )
+                yield name, evaluate(self.parts, graphs, losses, batches, self.mesh)
+        finally:
+            if names and ema is not None:
+                ema.swap()
+
+
+@torch.no_grad()
+def evaluate(
+    parts: Mapping[str, MetaModel], graphs: Mapping[str, Graph], losses: Mapping[str, Loss], batches: Any, mesh: Mesh
+) -> dict[str, float]:
+    """The mean of each term over all elements of ``batches`` (an EvalLoader), equal on all ranks.
+
+    Every rank runs the same number of forward passes; a rank that has run out of rows repeats a batch that does not count.
+    """
+    sums = {name: torch.zeros(2, dtype=torch.float64, device=mesh.device) for name in losses}
+    modes = [(part, part.training) for part in parts.values()]
+    for part, _ in modes:
+        part.eval()
+    for batch, valid in batches:
+        counts = {name: float(loss.count_of(batch)) for name, loss in losses.items() if not loss.count_late}
+        data = to_device(batch, mesh.device)
+        for name, part in parts.items():
+            data = part(data, graphs[name])
+        for name, loss in losses.items():
+            value, count = loss.term(data, counts.get(name))
+            if valid:
+                sums[name] += torch.stack((value.double(), torch.as_tensor(count, device=value.device).double()))
+    for part, mode in modes:
+        part.train(mode)
+    totals = mesh.sum(torch.stack(list(sums.values()))).cpu()
+    means = {name: (total / max(float(count), 1.0)) for name, (total, count) in zip(sums, totals.tolist(), strict=True)}
+    weighted = [(name, loss.weight) for name, loss in losses.items() if loss.weight is not None]
+    total_loss = {"loss": sum(weight * means[name] for name, weight in weighted)}
+    return total_loss | ({f"loss/{name}": mean for name, mean in means.items()} if len(means) > 1 else {})
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch's tensors on ``device``, copied asynchronously from pinned memory."""
+    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

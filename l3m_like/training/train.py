@@ -1,0 +1,201 @@
+"""THE loop. Every experiment runs through this file; what makes one differ from another is its blocks, losses and data.
+
+Read it top to bottom. ``plan`` builds and checks everything without touching memory; ``train`` puts it on the mesh and loops.
+A step is: the control word (all ranks agree on whether there is a batch, on every term's global count, and on signals), then
+for each update the micro-batches forward and backward, clip, step. Nothing waits for the accelerator but the lines that log,
+evaluate and save.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l3m_like.config import RunConfig, start_run
+from l3m_like.core.errors import UserError
+from l3m_like.core.meta_model import MetaModel
+from l3m_like.core.wiring import Trace, Wiring, check_wiring, parts_of
+from l3m_like.data.loader import Loader
+from l3m_like.distributed.gradients import set_gradient_sync
+from l3m_like.distributed.mesh import build_mesh, gather_objects
+from l3m_like.distributed.parallelize import parallelize
+from l3m_like.training.checkpoint import Checkpointer
+from l3m_like.training.control import Signals, fetch, seed_streams
+from l3m_like.training.evaluate import Evaluations, to_device
+from l3m_like.training.flops import StepFlops, peak_flops
+from l3m_like.training.init import init_specs, initialize, materialize, random_weights
+from l3m_like.training.optim import EMA, Guard
+from l3m_like.training.record import StepRecord, flush, watch_bad_steps
+from l3m_like.training.report import Reporter
+from l3m_like.training.schedule import Schedule
+from l3m_like.training.state import state_tensors
+from l3m_like.training.updates import Update, assign_parameters, plan_updates, refuse_split
+
+
+@dataclass
+class Plan:
+    """A run before a byte of accelerator memory is used: the model on the meta device, wired and checked."""
+
+    model: nn.Module
+    parts: Mapping[str, MetaModel]
+    losses: Mapping[str, Any]
+    updates: list[Update]
+    wiring: Wiring
+    trace: Trace
+    dataset: Any
+    steps: int | None  # None: `epochs`, which the data decides
+    micro_rows: int
+    accumulation: int
+
+
+def plan(cfg: RunConfig, dp_size: int) -> Plan:
+    """Instantiate and check everything that needs no weights. ``--check`` prints what comes back; ``train`` trains it."""
+    with torch.device("meta"):
+        model, losses = cfg.instantiate("model"), cfg.instantiate("loss")
+    parts = parts_of(model)
+    updates = plan_updates(cfg, parts, losses)
+    rows = cfg.batch.global_ // dp_size
+    micro_rows = cfg.batch.micro or rows
+    refuse_split(updates, rows // micro_rows, cfg.parallel.pp)
+    dataset = cfg.instantiate("data.train")
+    wiring = check_wiring([update.program for update in updates], dataset.keys(), cfg.keep)
+    for number, update in enumerate(updates):
+        update.graphs = wiring.graphs[update.name]
+        update.keep = tuple(key for later in updates[number + 1 :] for key in wiring.carried[later.name])
+    trace = Trace(wiring, micro_rows)
+    steps = cfg.steps if cfg.tokens is None else -(-cfg.tokens // (cfg.batch.global_ * dataset.pack.units_per_row))
+    return Plan(model, parts, losses, updates, wiring, trace, dataset, steps, micro_rows, rows // micro_rows)
+
+
+def train(cfg: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, float]:
+    """Train what ``cfg`` describes and return the final metrics (``loss``, one entry per evaluation, ...)."""
+    cfg = RunConfig.of(cfg)
+    torch.use_deterministic_algorithms(cfg.deterministic)
+
+    # ---- mesh, model, weights ------------------------------------------------------------------------------------
+    mesh = build_mesh(cfg.mesh_axes())
+    run_dir = start_run(cfg)
+    run = plan(cfg, mesh.dp_size)
+    updates, parts = run.updates, run.parts
+    checkpointer = Checkpointer(
+        run_dir / "checkpoints",
+        keep_last=cfg.checkpoint.keep_last,
+        keep_every=cfg.checkpoint.keep_every,
+        asynchronous=cfg.checkpoint.asynchronous,
+    )
+    resume_from = checkpointer.latest()
+    for name, part in parts.items():
+        specs = init_specs(part)
+        for _, block in part.blocks():
+            block.bind(mesh)
+        parallelize(
+            part,
+            mesh,
+            precision=cfg.parallel.precision,
+            checkpointing=cfg.parallel.checkpoint,
+            compile_units=cfg.parallel.compile,
+            reshard_after_forward=cfg.parallel.reshard_after_forward,
+        )
+        materialize(part, mesh.device)
+        if resume_from is None:
+            initialize(part, cfg.seed, f"{name}." if name else "", specs)
+        part.train()
+
+    # ---- optimizers, state, data ---------------------------------------------------------------------------------
+    trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    assign_parameters(updates, trainable)
+    for update in updates:
+        update.prepare(mesh, Guard(mesh.device, spike=cfg.guard.spike_factor, window=cfg.guard.window))
+    ema = EMA(trainable, cfg.ema.decay) if cfg.ema is not None else None
+    tensors = state_tensors(run.model, updates, ema)
+    saved = checkpointer.load(resume_from, tensors) if resume_from is not None else {"step": 0, "data": None, "bad_steps": 0}
+    step, bad_steps = saved["step"], saved["bad_steps"]
+    loader = Loader(
+        run.dataset,
+        seed=cfg.seed,
+        global_batch=cfg.batch.global_,
+        micro_batch=run.micro_rows,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        lanes=cfg.data.lanes,
+        workers=cfg.data.workers,
+        prefetch=cfg.data.prefetch,
+        state=saved["data"],
+        epochs=cfg.epochs,
+    )
+    steps = run.steps or loader.total_steps
+    schedule = Schedule(cfg.schedule.name, total=steps, warmup=cfg.schedule.warmup, decay=cfg.schedule.decay, floor=cfg.schedule.floor)
+    flops = StepFlops(run.trace)
+    evaluations = Evaluations(cfg, parts, run.losses, mesh, run.micro_rows)
+    stamp = cfg.facts() | {"mesh": str(mesh), "random_weights": random_weights(parts.values())}
+    stamp["parameters"] = sum(p.numel() for p in trainable.values())
+    peak = peak_flops(mesh)
+    reporter = Reporter(cfg.log, run_dir, mesh.is_main, step, stamp, total=steps, peak_flops=peak, run_id=cfg.run.id)
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+    signals, pending, final = Signals(), [], {}
+    upcoming = fetch(loader, updates, signals, mesh) if step < steps else None
+    began = time.perf_counter()
+    gc.collect()
+    gc.disable()  # ranks that collect at different moments wait for each other
+    while upcoming is not None:
+        batch, totals, stop, waited = upcoming.agreed(mesh)
+        if batch is None:  # the data ends on all ranks at the same step
+            break
+        seed_streams(cfg.seed, step, mesh)
+        sums: dict[str, Tensor] = {}
+        norms: dict[str, tuple[Tensor, Tensor]] = {}
+        carried: list[dict[str, Tensor]] = [{} for _ in batch.micro]
+        for update in updates:
+            if not update.active(step):
+                continue
+            update.train_only_own(updates)
+            for number, micro in enumerate(batch.micro):
+                set_gradient_sync(update.parts.values(), number == len(batch.micro) - 1)
+                data = to_device(micro, mesh.device) | carried[number]
+                terms, kept = update.forward_backward(data, totals, mesh)
+                carried[number] |= kept
+                for name, (value, count) in terms.items():
+                    sums[name] = torch.stack((value + (sums[name][0] if name in sums else 0), count))
+            norms[update.name] = update.step(mesh, schedule.scale(step))
+        if ema is not None:
+            ema.update(torch.stack([skipped for _, skipped in norms.values()]).amax())
+        rates = {update.name: update.settings.lr * schedule.scale(step) for update in updates if update.name in norms}
+        pending.append(StepRecord(step, sums, norms, batch, rates, waited, sum(map(run.dataset.units, batch.micro)), flops.of(batch.micro)))
+        step += 1
+        ending = stop or step == steps
+        upcoming = None if ending else fetch(loader, updates, signals, mesh)
+
+        # ---- log, evaluate, save: the only lines that wait for the device
+        saving = ending or (cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0)
+        if saving or step % cfg.log.every == 0 or evaluations.due(step):
+            rows = flush(pending, updates, mesh, began, unit=run.dataset.unit, refs=cfg.log.refs)
+            reporter.steps(rows)
+            bad_steps = watch_bad_steps(rows, bad_steps, cfg.guard.max_bad_steps)
+            final |= {"step": step, "loss": rows[-1]["loss"]}
+            pending.clear()
+            for name, values in evaluations.run(step, ema, last=step == steps):
+                reporter.evaluation(step, name, values)
+                final |= {f"{name}/{key}": value for key, value in values.items()}
+            if saving:
+                lanes = {lane: state for states in gather_objects(batch.state) for lane, state in states.items()}
+                state = {"step": step, "data": lanes, "bad_steps": bad_steps, "config": cfg.to_dict()}
+                checkpointer.save(step, tensors, state)
+            began = time.perf_counter()
+        if cfg.gc_every and step % cfg.gc_every == 0:
+            gc.collect()
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+    gc.enable()
+    loader.close()
+    checkpointer.close()
+    signals.restore()
+    reporter.close(final)
+    return final

@@ -1,0 +1,209 @@
+"""Updates: which parts run, which terms they are trained on, and which parameters that changes.
+
+Most experiments have one. An autoencoder with a discriminator has two, in file order. Every parameter belongs to exactly one
+update, or is frozen. Keys that a later update reads are handed on detached, as they were before the earlier one's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l3m_like.config.schema import Update as UpdateConfig
+from l3m_like.core.block import Data
+from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.core.meta_model import Graph, MetaModel
+from l3m_like.core.wiring import Program
+from l3m_like.distributed.gradients import gradient_norm, scale_gradients, sum_partial_gradients, tp_summed_parameters
+from l3m_like.distributed.mesh import Mesh
+from l3m_like.losses.loss import Loss
+from l3m_like.training.optim import AdamW, Guard, matching, parameter_groups
+
+
+@dataclass
+class Update:
+    """One update of a run; see the module's docstring. ``prepare`` adds what needs the sharded model."""
+
+    name: str
+    parts: Mapping[str, MetaModel]
+    losses: Mapping[str, Loss]
+    patterns: Sequence[str]
+    settings: Any
+    start: int = 0
+    every: int = 1
+    adaptive: AdaptiveWeight | None = None
+    graphs: Mapping[str, Graph] = field(default_factory=dict)
+    keep: tuple[str, ...] = ()
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def program(self) -> Program:
+        return Program(self.name, self.parts, self.losses)
+
+    def active(self, step: int) -> bool:
+        return step >= self.start and (step - self.start) % self.every == 0
+
+    def prepare(self, mesh: Mesh, guard: Guard) -> None:
+        """Build the optimizer over this update's (sharded) parameters."""
+        optim = self.settings
+        groups = parameter_groups(
+            self.parameters, lr=optim.lr, weight_decay=optim.weight_decay, groups=optim.groups, no_decay=optim.no_decay or ()
+        )
+        self.optimizer = AdamW(groups, betas=optim.betas, eps=optim.eps)
+        self.guard = guard
+        self.tp_summed = tp_summed_parameters(self.parts.values())
+
+    def forward_backward(self, data: Data, totals: Mapping[str, float], mesh: Mesh) -> tuple[dict[str, Tensor], Data]:
+        """One micro-batch: the parts, the terms, the backward pass. Returns each term's (sum, count) and the carried keys."""
+        for name, part in self.parts.items():
+            data = part(data, self.graphs[name])
+        objective: Tensor | None = None
+        sums, weighted = {}, {}
+        for name, loss in self.losses.items():
+            value, count = loss.term(data, totals.get(name), mesh)
+            sums[name] = torch.stack((value.detach().double(), torch.as_tensor(count, device=value.device).double()))
+            if loss.weight is not None:
+                weighted[name] = loss.weight * value / count
+        if self.adaptive is not None:
+            weighted[self.adaptive.term] = weighted[self.adaptive.term] * self.adaptive.weight(weighted, mesh)
+        for value in weighted.values():
+            objective = value if objective is None else objective + value
+        assert objective is not None
+        objective.backward()
+        return sums, {key: data[key].detach() for key in self.keep}
+
+    def step(self, mesh: Mesh, lr_scale: float) -> tuple[Tensor, Tensor]:
+        """Clip and step. Returns the gradient norm before clipping and whether the step was skipped, as device scalars."""
+        sum_partial_gradients(self.tp_summed, mesh)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = gradient_norm(gradients)
+        bad = self.guard.bad(norm)
+        if self.settings.clip is not None:
+            scale_gradients(gradients, (self.settings.clip / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.set_lr_scale(lr_scale)
+        self.optimizer.step(found_inf=bad)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in self.parts.values():
+            for _, block in part.blocks():
+                block.after_step(mesh)
+        return norm, bad
+
+    def train_only_own(self, updates: Sequence[Update]) -> None:
+        """Turn gradients off for the parameters of the other updates (no-op where there is one)."""
+        if len(updates) > 1:
+            for update in updates:
+                for parameter in update.parameters.values():
+                    parameter.requires_grad_(update is self)
+
+
+class AdaptiveWeight:
+    """The weight of one term from gradients: ``|grad of against| / (|grad of term| + 1e-6)`` at a named Linear's weight.
+
+    As in VQGAN (Esser et al., arXiv:2012.09841, eq. 7), clamped to [0, max], without gradient. Both gradients are taken
+    from the forward that the update ran for its loss, at the layer's output, turned into weight gradients and summed over
+    the data-parallel ranks, so that the weight is that of the whole batch. It refuses gradient accumulation.
+    """
+
+    def __init__(self, term: str, against: Sequence[str], at: str, maximum: float) -> None:
+        self.term, self.against, self.at, self.maximum = term, tuple(against), at, maximum
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+
+    def attach(self, parts: Mapping[str, MetaModel]) -> None:
+        modules = {f"{name}.{path}" if name else path: m for name, part in parts.items() for path, m in part.named_modules()}
+        layer = modules.get(self.at)
+        if not isinstance(layer, nn.Linear):
+            linears = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
+            raise UserError(f"updates.*.adaptive.at: '{self.at}' is not a Linear layer. {did_you_mean(self.at, linears)}")
+        layer.register_forward_hook(self._remember)
+
+    def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._input, self._output = inputs[0].detach(), output
+
+    def weight(self, terms: Mapping[str, Tensor], mesh: Mesh) -> Tensor:
+        reference = torch.stack([terms[name] for name in self.against]).sum()
+        reference_norm, norm = self._norm(reference, mesh), self._norm(terms[self.term], mesh)
+        return (reference_norm / (norm + 1e-6)).clamp(0.0, self.maximum).detach()
+
+    def _norm(self, value: Tensor, mesh: Mesh) -> Tensor:
+        assert self._input is not None and self._output is not None
+        if not value.requires_grad:
+            return torch.zeros_like(value)
+        (out,) = torch.autograd.grad(value, self._output, retain_graph=True, allow_unused=True)
+        rows = self._input.flatten(0, -2)
+        weight = torch.zeros_like(rows[:1].mT @ rows[:1]) if out is None else out.flatten(0, -2).to(rows.dtype).mT @ rows
+        return mesh.sum(weight).norm()
+
+
+def plan_updates(cfg: Any, parts: Mapping[str, MetaModel], losses: Mapping[str, Loss]) -> list[Update]:
+    """The updates of a run (RunConfig) over its model's parts and its losses; every loss belongs to exactly one."""
+    updates: list[Update] = []
+    owner: dict[str, str] = {}
+    for name, update in (cfg.updates or {"main": UpdateConfig()}).items():
+        for part in update.parts or ():
+            if part not in parts:
+                raise UserError(f"updates.{name}.parts: no part '{part}' in model. {did_you_mean(part, parts)}")
+        for term in update.terms or losses:
+            if term in owner:
+                raise UserError(f"updates: the term '{term}' is in '{owner[term]}' and in '{name}'; give each update its own `terms`.")
+            owner[term] = name
+        chosen = {part: parts[part] for part in update.parts or parts}
+        terms = {term: losses[term] for term in update.terms or losses}
+        if all(loss.weight is None for loss in terms.values()):
+            raise UserError(f"updates.{name}: none of its terms has a weight, so it would train nothing.")
+        made = Update(name, chosen, terms, update.params or ["*"], update.settings(cfg.optim), update.start, update.every)
+        if update.adaptive:
+            made.adaptive = _adaptive(name, update.adaptive, terms)
+            made.adaptive.attach(chosen)
+        updates.append(made)
+    for name in losses:
+        if name not in owner:
+            raise UserError(f"loss.{name} is in no update's terms.")
+    return updates
+
+
+def _adaptive(update: str, config: Any, terms: Mapping[str, Loss]) -> AdaptiveWeight:
+    against = [config.against] if isinstance(config.against, str) else list(config.against)
+    for term in (config.term, *against):
+        if term not in terms:
+            raise UserError(f"updates.{update}.adaptive: no term '{term}'. {did_you_mean(term, terms)}")
+    return AdaptiveWeight(config.term, against, config.at, config.max)
+
+
+def assign_parameters(updates: Sequence[Update], trainable: Mapping[str, nn.Parameter]) -> None:
+    """Give each update its parameters; every trainable one belongs to exactly one update.
+
+    Raises:
+        UserError: a pattern that matches nothing, or a parameter in two updates or in none.
+    """
+    owner: dict[str, str] = {}
+    for update in updates:
+        names = matching(update.patterns, trainable, f"updates.{update.name}.params")
+        for name in names:
+            if name in owner:
+                raise UserError(f"'{name}' is in the updates '{owner[name]}' and '{update.name}'; make `params` disjoint.")
+            owner[name] = update.name
+        update.parameters = {name: trainable[name] for name in names}
+    for name in trainable:
+        if name not in owner:
+            raise UserError(f"'{name}' is in no update. Add it to an update's `params`, or freeze it with l3m_like.core.Frozen.")
+
+
+def refuse_split(updates: Sequence[Update], accumulation: int, pipeline: int) -> None:
+    """Refuse what cannot be split into micro-batches where there would be several."""
+    if accumulation == 1 and pipeline == 1:
+        return
+    fix = "Raise batch.micro so that one micro-batch holds the rank's rows."
+    for update in updates:
+        for name, loss in update.losses.items():
+            if (loss.count_late or loss.scope == "batch") and not loss.splits:
+                why = "counts in the forward (count_late)" if loss.count_late else "is no sum over elements (scope: batch)"
+                raise UserError(f"loss.{name} {why}, so it refuses {accumulation} micro-batches per step. {fix}")
+        if update.adaptive is not None:
+            raise UserError(f"updates.{update.name}.adaptive needs the whole batch's gradient, not one of {accumulation} micro-batches'. {fix}")
+
+

@@ -1,0 +1,137 @@
+"""The flow ODE: exact velocities reach the exact distribution, at the order of the method."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from l3m_like.core import MetaModel, ReadWriteBlock, UserError
+from l3m_like.core.random import normal
+from l3m_like.generate import FlowODE, grid
+from tests.generate.tiny import tiny
+
+SHAPE = (1, 2, 2)
+
+
+class GaussianVelocity(ReadWriteBlock):
+    """The exact velocity E[data - noise | x_t] for data ~ N(mean + shift * class, covariance), flattened to 4 numbers."""
+
+    outputs = ("velocity_pred",)
+
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        root = torch.randn(4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        self.covariance = torch.nn.Parameter(root @ root.T / 4 + 0.1 * torch.eye(4, dtype=torch.float64))
+        self.mean = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64))
+        self.shift = shift
+
+    def compute(self, noised: Tensor, time: Tensor, class_id: Tensor) -> Tensor:
+        t, eye = time.view(-1, 1, 1), torch.eye(4, dtype=torch.float64)
+        mean = self.mean + self.shift * class_id.view(-1, 1)
+        spread = t**2 * self.covariance + (1 - t) ** 2 * eye
+        with_velocity = t * self.covariance - (1 - t) * eye
+        centred = (noised.flatten(1) - time.view(-1, 1) * mean).unsqueeze(-1)
+        return (mean + (with_velocity @ torch.linalg.solve(spread, centred)).squeeze(-1)).view_as(noised)
+
+
+def exact(block: GaussianVelocity, rows: int) -> Tensor:
+    """Where the ODE takes the noise of each row: mean + covariance^(1/2) noise."""
+    noise = normal(torch.arange(rows), SHAPE, seed=0, purpose="flow_ode/image", dtype=torch.float64).flatten(1)
+    values, vectors = torch.linalg.eigh(block.covariance.detach())
+    return block.mean.detach() + noise @ (vectors * values.sqrt()) @ vectors.T
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_gaussian_at_the_order_of_the_method(method, order) -> None:
+    block = GaussianVelocity()
+    model, expected = MetaModel(head=block, stream="image"), exact(block, 500)
+    moments = expected.mean(0), expected.T.cov()
+    errors = []
+    for steps in (32, 64, 128):
+        found = FlowODE(SHAPE, 3, steps=steps, method=method, num_samples=500).run(model).images.flatten(1)
+        errors.append(
+            torch.stack([(found - expected).abs().max(), (found.mean(0) - moments[0]).norm(), (found.T.cov() - moments[1]).norm()])
+        )
+    # at equal steps halved, the error falls by 2^order, pointwise and in mean and covariance
+    orders = torch.stack([(a / b).log2() for a, b in zip(errors, errors[1:], strict=False)])
+    assert torch.all((orders - order).abs() < 0.25), orders
+    assert errors[-1][0] < (0.2 if order == 1 else 2e-3)
+    # and the distribution is the data's: the sample's own moments lie within its statistical error
+    assert torch.allclose(found.mean(0), block.mean.detach(), atol=0.35)
+    assert torch.allclose(found.T.cov(), block.covariance.detach(), atol=0.45)
+
+
+def test_guidance_is_its_formula() -> None:
+    """On a velocity that is affine in the class, w steps from null (3) to class c give the mean of class 3 + w (c - 3)."""
+    label = 1
+    sampler = {"steps": 8, "labels": [label], "num_samples": 5}
+    model = MetaModel(head=GaussianVelocity(shift=0.7), stream="image")
+    plain = FlowODE(SHAPE, 3, **sampler).run(model).images
+    for w in (0.0, 0.5, 2.0):
+        guided = FlowODE(SHAPE, 3, guidance=w, **sampler).run(model).images
+        shifted = MetaModel(head=GaussianVelocity(shift=0.7 * (3 + w * (label - 3)) / label), stream="image")
+        assert torch.allclose(guided, FlowODE(SHAPE, 3, **sampler).run(shifted).images, rtol=1e-12, atol=1e-12)
+        assert float((guided - plain).abs().max()) > 0.1
+
+
+def test_guidance_one_is_the_conditional_model() -> None:
+    loaded = tiny("sit")
+    labels = torch.tensor([3, 7])
+    x = normal(torch.arange(2), (1, 8, 8), seed=0, purpose="x", dtype=torch.float64)
+    data = {"image_noised": x, "image_time": torch.full((2,), 0.3, dtype=torch.float64)}
+    conditional = loaded({**data, "image_class_id": labels})["image_velocity_pred"]
+    null = loaded({**data, "image_class_id": torch.tensor([10, 10])})["image_velocity_pred"]
+    with torch.no_grad():
+        # 1 + 2^-40 takes the doubled path, 1 the short one
+        for w in (1.0, 1 + 2.0**-40):
+            found = FlowODE((1, 8, 8), 10, guidance=w).velocity(loaded, labels)(x, 0.3)
+            assert float((found - conditional).abs().max()) < 1e-10
+        found = FlowODE((1, 8, 8), 10, guidance=4.0).velocity(loaded, labels)(x, 0.3)
+    assert torch.allclose(found, null + 4 * (conditional - null), atol=1e-12)
+    assert float((conditional - null).abs().max()) > 1e-3
+
+
+def test_samples_do_not_depend_on_the_batch() -> None:
+    model = tiny("sit").model
+    settings = {"steps": 3, "guidance": 2.0, "num_samples": 7, "method": "heun"}
+    whole = FlowODE((1, 8, 8), 10, **settings).run(model)
+    parts = FlowODE((1, 8, 8), 10, batch=2, **settings).run(model)
+    assert torch.allclose(whole.images, parts.images, rtol=0, atol=1e-12)
+    assert whole.labels.tolist() == parts.labels.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    other = FlowODE((1, 8, 8), 10, seed=1, **settings).run(model)
+    assert float((whole.images - other.images).abs().max()) > 0.1
+
+
+def test_grid_and_png(tmp_path) -> None:
+    from PIL import Image
+
+    images = torch.stack([torch.full((3, 4, 5), value) for value in (-1.0, 0.0, 1.0, -9.0, 9.0)])
+    picture = grid(images, columns=3, gap=1)
+    assert picture.shape == (4 + 1 + 4, 3 * 5 + 2, 3) and picture.dtype == np.uint8
+    assert [int(picture[r, c, 0]) for r, c in ((0, 0), (0, 6), (0, 12), (5, 0), (5, 6))] == [0, 128, 255, 0, 255]
+    assert (picture[4] == 255).all() and (picture[5:, 12:] == 255).all()  # the gap, and the empty place
+    samples = FlowODE((1, 8, 8), 10, steps=1, num_samples=20).run(tiny("sit").model)
+    path = samples.save(tmp_path / "new" / "out.png")
+    assert np.array_equal(np.asarray(Image.open(path)), samples.grid()[..., 0]) and samples.grid().shape == (18, 98, 1)
+    with pytest.raises(UserError, match="4 channels"):
+        grid(torch.zeros(1, 4, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"shape": [28, 28]}, "channels, height, width"),
+        ({"method": "huen"}, "Did you mean 'heun'"),
+        ({"steps": 0}, "steps is 0"),
+        ({"guidance": -1.0}, "guidance is -1"),
+        ({"labels": [10]}, "label 10"),
+        ({"labels": []}, "labels is empty"),
+        ({"stream": "video"}, "reads 'image_noised'.*Did you mean 'video_noised'"),
+        ({"shape": [1, 4, 4]}, "PatchEmbed got images"),
+    ],
+)
+def test_bad_settings(settings, words) -> None:
+    with pytest.raises(UserError, match=words):
+        FlowODE(**({"shape": [1, 8, 8], "classes": 10, "steps": 1} | settings)).run(tiny("sit").model)

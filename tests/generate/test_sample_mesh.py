@@ -1,0 +1,132 @@
+"""Samples are the same on one process, on dp_shard 2 and on tp 2, from the same checkpoint; and from a model that trains."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from l3m_like import load
+from l3m_like.core.random import normal
+from l3m_like.distributed.gradients import local
+from l3m_like.distributed.mesh import build_mesh
+from l3m_like.generate import FlowODE
+from tests.distributed.pool import run as on_ranks
+from tests.generate.tiny import PROMPTS, save_run, tiny
+
+ROOT = Path(__file__).parents[2]
+IMAGES = {"steps": 2, "num_samples": 5, "guidance": 2.0, "method": "heun"}
+TEXTS = {"prompts": PROMPTS[:3], "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {kind: save_run(folder / kind, kind) for kind in ("llm", "sit")}
+
+
+def sampled(run: Path, axes: dict[str, int], ema: bool, settings: dict):
+    loaded = load(run, ema=ema, mesh=build_mesh(axes))
+    samples = loaded.generate(**settings)
+    return samples.images if hasattr(samples, "images") else (samples.tokens, samples.texts)
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}, {"dp_replicate": 2, "dp_shard": 1}], ids=str)
+@pytest.mark.parametrize("ema", [False, True])
+def test_images_on_a_mesh(runs, axes, ema) -> None:
+    expected = load(runs["sit"], ema=ema).generate(**IMAGES).images
+    for found in on_ranks(2, sampled, runs["sit"], axes, ema, IMAGES):
+        assert found.dtype == torch.float64 and float((found - expected).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"batch": 1}, {"cache": False}, {"stop": ["a", "e", "s"]}], ids=str)
+def test_texts_on_a_mesh(runs, axes, settings) -> None:
+    """With three prompts of unequal length, two ranks need different numbers of rows and steps."""
+    settings = TEXTS | settings
+    expected = load(runs["llm"]).generate(**settings)
+    for tokens, texts in on_ranks(2, sampled, runs["llm"], axes, False, settings):
+        assert tokens == expected.tokens and texts == expected.texts
+    if settings.get("stop"):
+        assert len({len(tokens) for tokens in expected.tokens}) > 1
+
+
+def sampled_in_training(run: Path, broken: bool) -> tuple[list[torch.Tensor], bool]:
+    """Train mode, gradients; sample, change the shards in place (as averaged weights are swapped in), sample, change back."""
+    loaded = load(run, mesh=build_mesh({"dp_shard": 2}))
+    model = loaded.model.train()
+    sampler = FlowODE((1, 8, 8), 10, **IMAGES)
+    if broken:
+        from l3m_like.generate import sampler as module
+
+        kept, module._reshard = module._reshard, lambda model: None
+    parameters = dict(model.named_parameters())  # as an optimizer holds them
+    found = []
+    for seed in (None, 7, None):
+        before = {name: local(p).clone() for name, p in parameters.items()}
+        with torch.no_grad():
+            for p in parameters.values() if seed is not None else ():
+                local(p).mul_(0.5)
+        found.append(sampler.run(model, mesh=loaded.mesh).images)
+        with torch.no_grad():
+            for name, p in parameters.items():
+                local(p).copy_(before[name])
+    if broken:
+        module._reshard = kept
+    x = normal(torch.arange(2), (1, 8, 8), seed=0, purpose="x", dtype=torch.float64)
+    out = model({"image": x, "image_label": torch.tensor([1, 2]), "row": torch.arange(2)})
+    out["image_velocity_pred"].square().sum().backward()
+    return found, model.training and all(p.grad is not None for p in parameters.values())
+
+
+def test_sampling_from_a_model_that_trains(runs) -> None:
+    halved = tiny("sit", seed=2)
+    with torch.no_grad():
+        for p in halved.model.parameters():
+            p.mul_(0.5)
+    sampler = FlowODE((1, 8, 8), 10, **IMAGES)
+    expected = sampler.run(load(runs["sit"]).model).images, sampler.run(halved.model).images
+    for found, trains in on_ranks(2, sampled_in_training, runs["sit"], False):
+        for one, other in zip(found, (expected[0], expected[1], expected[0]), strict=True):
+            assert float((one - other).abs().max()) < 1e-10
+        assert trains
+    # the planted fault: a root that keeps its gathered parameters samples from the old ones
+    (found, _), _ = on_ranks(2, sampled_in_training, runs["sit"], True)
+    assert float((found[1] - expected[1]).abs().max()) > 1e-6
+
+
+# ---- run/sample.py ---------------------------------------------------------------------------------------------------
+
+
+def sample_py(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return subprocess.run([sys.executable, *launch, "run/sample.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=55)
+
+
+def test_script_writes_a_png(runs, tmp_path) -> None:
+    from PIL import Image
+
+    out = tmp_path / "grid.png"
+    done = sample_py("--run", str(runs["sit"]), "--ema", "--out", str(out), "steps=2", "num_samples=20")
+    assert done.returncode == 0, done.stderr
+    assert f"written to {out}" in done.stdout and "step 2, averaged weights" in done.stdout
+    expected = load(runs["sit"], ema=True).generate(steps=2, num_samples=20).grid()[..., 0]
+    assert np.array_equal(np.asarray(Image.open(out)), expected)
+
+
+def test_script_under_torchrun(runs) -> None:
+    expected = load(runs["llm"]).generate(**TEXTS)
+    done = sample_py(
+        "--run", str(runs["llm"]), "--parallel", "tp=2", f"prompts={TEXTS['prompts']}", "max_new_tokens=8", processes=2
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(str(expected)) == 1
+
+
+def test_script_errors_are_one_line(runs) -> None:
+    done = sample_py("--run", str(runs["sit"]), "--step", "9")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "steps 2" in done.stderr and "Traceback" not in done.stderr

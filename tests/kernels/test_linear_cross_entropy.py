@@ -1,0 +1,86 @@
+"""The chunked linear + cross-entropy against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from l3m_like.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+
+V, D = 23, 8
+
+
+def inputs(targets: torch.Tensor, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*targets.shape, D, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64).to(dtype)
+    return [hidden.requires_grad_(), weight.requires_grad_()]
+
+
+def some_targets() -> torch.Tensor:
+    targets = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(1))
+    targets[0, :5] = -100  # with chunks of 4 or 5 tokens, the first one has no target at all
+    targets[1, 2] = -100
+    return targets
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 18, 100, None])
+@pytest.mark.parametrize("targets", [some_targets(), torch.full((2, 9), -100)], ids=["some", "none"])
+def test_equals_the_definition(targets: torch.Tensor, chunk: int | None) -> None:
+    scale = torch.linspace(-1, 2, 18, dtype=torch.float64).view(2, 9)  # any gradient from above
+    hidden, weight = inputs(targets)
+    nll = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
+    grads = torch.autograd.grad((nll * scale).sum(), (hidden, weight))
+    expected = F.cross_entropy((hidden @ weight.T).mT, targets, reduction="none", ignore_index=-100)
+    expected_grads = torch.autograd.grad((expected * scale).sum(), (hidden, weight))
+    torch.testing.assert_close(nll, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(linear_cross_entropy_reference(hidden, weight, targets), expected, rtol=1e-12, atol=1e-12)
+    for grad, other in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-12, atol=1e-12)
+
+
+def test_no_nan_from_infinite_gradient_at_an_ignored_target() -> None:
+    targets = some_targets()
+    hidden, weight = inputs(targets)
+    nll = linear_cross_entropy(hidden, weight, targets)
+    grad = torch.where(targets == -100, float("inf"), 1.0).double()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(nll, (hidden, weight), grad))
+
+
+def test_gradcheck() -> None:
+    targets = some_targets()
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, chunk_tokens=4), inputs(targets))
+
+
+def test_bfloat16_weight_gradient_is_summed_in_float32() -> None:
+    """4096 equal small contributions: a sum kept in bfloat16 stalls far below the true one."""
+    targets = torch.zeros(1, 4096, dtype=torch.int64)
+    hidden = torch.ones(1, 4096, D, dtype=torch.bfloat16)
+    weight = torch.zeros(V, D, dtype=torch.bfloat16, requires_grad=True)
+    nll = linear_cross_entropy(hidden, weight, targets, chunk_tokens=4)
+    assert nll.dtype == torch.float32
+    nll.sum().backward()
+    assert weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.grad[1].float(), torch.full((D,), 4096 / V), rtol=0.01, atol=0)
+
+
+def test_only_one_chunk_of_logits_exists(monkeypatch) -> None:
+    sizes = []
+    true = torch.Tensor.logsumexp
+    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda self, dim: sizes.append(self.shape[0]) or true(self, dim))
+    targets = torch.zeros(1, 100, dtype=torch.int64)
+    linear_cross_entropy(*inputs(targets), targets, chunk_tokens=30)
+    assert sizes == [30, 30, 30, 10]
+
+
+def test_runs_on_meta_and_saves_no_logits() -> None:
+    hidden = torch.empty(4, 2048, 64, device="meta", requires_grad=True)
+    weight = torch.empty(150_000, 64, device="meta", requires_grad=True)
+    targets = torch.empty(4, 2048, dtype=torch.int64, device="meta")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        nll = linear_cross_entropy(hidden, weight, targets)
+    nll.sum().backward()
+    assert nll.shape == (4, 2048) and weight.grad.shape == weight.shape
+    assert max(saved) == weight.numel()

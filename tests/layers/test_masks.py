@@ -1,0 +1,80 @@
+"""Masks against their definition, pair by pair."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from l3m_like.core.errors import UserError
+from l3m_like.layers import AttentionMask, attended_pairs, lower
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[0, 0, 0, 1, 1, -1], [4, 4, 4, 4, 4, 9]], dtype=torch.int32)
+
+
+def by_definition(mask: AttentionMask, batch: int, queries: int, keys: int) -> torch.Tensor:
+    out = torch.zeros(batch, queries, keys, dtype=torch.bool)
+    for b in range(batch):
+        for q in range(queries):
+            for k in range(keys):
+                place = mask.query_start + q
+                allowed = mask.kind == "full" or k <= place
+                if mask.prefix_lengths is not None:
+                    allowed |= max(place, k) < int(mask.prefix_lengths[b])
+                if mask.document_ids is not None:
+                    kv = mask.document_ids if mask.kv_document_ids is None else mask.kv_document_ids
+                    allowed &= bool(mask.document_ids[b, q] == kv[b, k]) and bool(mask.document_ids[b, q] >= 0)
+                out[b, q, k] = allowed
+    return out
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("ids", [None, IDS], ids=["rows", "documents"])
+@pytest.mark.parametrize("kind", ["full", "causal", "prefix"])
+def test_lowering(kind: str, ids, backend: str) -> None:
+    prefix = torch.tensor([2, 4]) if kind == "prefix" else None
+    mask = AttentionMask(kind, ids, prefix_lengths=prefix)
+    expected = by_definition(mask, 2, 6, 6)
+    lowered = lower(mask, backend, 6, 6, CPU)
+    live = expected.any(-1)
+    if lowered.causal:
+        assert (
+            backend == "sdpa"
+            and lowered.allowed is None
+            and torch.equal(expected, torch.ones(6, 6).tril().bool().expand(2, 6, 6))
+        )
+        return
+    if lowered.allowed is None:
+        assert expected.all()
+        return
+    seen = lowered.allowed[:, 0].expand(2, 6, 6)
+    assert torch.equal(seen[live], expected[live])
+    assert seen.any(-1).all()  # no row without a key reaches a backend
+    assert lowered.live is None if ids is None else torch.equal(lowered.live[:, 0, :, 0], live)
+
+
+def test_queries_behind_a_cache() -> None:
+    for ids in (None, IDS):
+        mask = AttentionMask("causal", None if ids is None else ids[:, 4:], ids, query_start=4)
+        expected = by_definition(mask, 2, 2, 6)
+        lowered = lower(mask, "sdpa", 2, 6, CPU)
+        live = expected.any(-1)
+        assert torch.equal(lowered.allowed[:, 0].expand(2, 2, 6)[live], expected[live])
+    assert lower(AttentionMask("causal", query_start=5), "sdpa", 1, 6, CPU) == (None, False, None)
+
+
+def test_attended_pairs() -> None:
+    for kind in ("full", "causal"):
+        mask = AttentionMask(kind, IDS)
+        assert attended_pairs(mask, 2, 6, 6) == by_definition(mask, 2, 6, 6).sum()
+        assert attended_pairs(AttentionMask(kind, IDS.to("meta")), 2, 6, 6) == (72 if kind == "full" else 36)
+    assert attended_pairs(AttentionMask("causal", query_start=4), 2, 2, 6) == 2 * (2 * 4 + 2)
+
+
+def test_errors() -> None:
+    with pytest.raises(UserError, match="Did you mean 'causal'"):
+        AttentionMask("casual")
+    with pytest.raises(UserError, match="prefix_lengths"):
+        AttentionMask("prefix")
+    with pytest.raises(UserError, match="prefix_lengths"):
+        AttentionMask("causal", prefix_lengths=torch.tensor([1]))
