@@ -2,8 +2,9 @@
 
     python run/sample.py --run runs/sit --ema guidance=3 num_samples=100
     python run/sample.py --run runs/llm 'prompts=["To be, "]' temperature=0.7
-    torchrun --nproc-per-node 2 run/sample.py --run runs/llm --parallel tp=2
+    torchrun --nproc-per-node 2 -- run/sample.py --run runs/llm --parallel tp=2
 
+(The ``--`` keeps torchrun from reading ``--run`` as one of its own options.)
 What follows the options are settings of the run's sampler (the `sample` section), as on the launcher's command line.
 """
 

@@ -126,13 +126,13 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 def parse_overrides(overrides: Sequence[str]) -> list[Any]:
     """Hydra's parsed ``Override`` objects. Raises UserError for what is no override."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     parsed = []
     for text in overrides:
         try:
             parsed.append(OverridesParser.create().parse_override(text))
-        except OverrideParseException as error:
+        except HydraException as error:  # its parse error, or the bare one of its grammar
             reason = str(error).splitlines()[0]
             hint = "An override is key=value" if "=" not in text else "Quote values with special characters: 'key=\"a value\"'"
             raise UserError(f"{text} ({COMMAND_LINE}): this is no override: {reason}. {hint}.") from error
@@ -259,12 +259,19 @@ def compose(config: str | Path, overrides: Sequence[str] = ()) -> Composed:
             origins.drop(override.key_or_group)
         elif not is_group(override, folders):
             _record(
-                OmegaConf.to_container(OmegaConf.create({"_": override.value()}))["_"],
+                unresolved(OmegaConf.create({"_": override.value()}))["_"],
                 override.key_or_group,
                 COMMAND_LINE,
                 origins,
             )
     return Composed(tree, origins, path.stem, list(dict.fromkeys(imports)), reads)
+
+
+def unresolved(tree: Any) -> dict[str, Any]:
+    """A tree as plain containers, its `${...}` as they were written."""
+    plain = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def search_path_override(folders: Sequence[Path]) -> str:

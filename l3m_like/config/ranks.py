@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, MutableMapping
+from typing import Any
 
 from l3m_like.core.errors import UserError
 
@@ -80,12 +81,13 @@ class Failures:
         #: called once on this rank before it ends because of a failure, here or elsewhere (a sweep's table)
         self.last_words: Callable[[], None] | None = None
         self._over = threading.Event()
-        self._store = self._watched = None
+        self._store: Any = None
+        self._watched: Any = None
         if world_size > 1:
             self._store, self._watched = self._connect(), self._connect()
             threading.Thread(target=self._watch, daemon=True, name="l3m_like-failures").start()
 
-    def _connect(self) -> object:
+    def _connect(self) -> Any:
         """A client of the launcher's store (one per thread: a client is not shared). Needs the process group to be up."""
         import torch.distributed as dist
 

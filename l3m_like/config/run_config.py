@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from l3m_like.config import targets
@@ -23,6 +23,7 @@ from l3m_like.config.compose import (
     compose,
     overlap,
     references,
+    unresolved,
 )
 from l3m_like.config.schema import (
     Batch,
@@ -77,9 +78,7 @@ class RunConfig:
         False, "No compile, workers or tracker; a folder of its own; gradient anomaly check; full traces (`--debug`)."
     )
     launcher: Launcher = setting(Launcher, "Jobs of a sweep.")
-    gc_every: int = setting(
-        100, "Steps between Python's garbage collections, at the same step on all ranks. null: Python's own.", at_least=1
-    )
+    gc_every: int = setting(100, "Steps between Python's garbage collections, at the same step on all ranks.", at_least=1)
 
     #: the config file's stem
     experiment: str = dataclasses.field(default="run", compare=False)
@@ -110,7 +109,7 @@ class RunConfig:
     @classmethod
     def _check(cls, composed: Composed) -> RunConfig:
         tree, origins = composed.tree, composed.origins
-        raw = OmegaConf.to_container(tree, resolve=False)
+        raw = unresolved(tree)
         sections = settings(cls)
         knobs = [str(key) for key in raw if key not in sections]
         _check_knobs(raw, knobs, sections, composed)
@@ -291,7 +290,7 @@ def _check_knobs(raw: Mapping[str, Any], knobs: list[str], sections: Mapping[str
             )
 
 
-def _resolve(tree: DictConfig, origins: Origins) -> dict[str, Any]:
+def _resolve(tree: Any, origins: Origins) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except MissingMandatoryValue as error:
@@ -299,7 +298,7 @@ def _resolve(tree: DictConfig, origins: Origins) -> dict[str, Any]:
             f"{error.full_key} = ??? ({origins(str(error.full_key))}): it must be given, e.g. {error.full_key}=VALUE."
         ) from error
     except InterpolationKeyError as error:
-        value = OmegaConf.to_container(tree, resolve=False)
+        value = unresolved(tree)
         leaves = _leaves(value)
         text = leaves.get(str(error.full_key), "")
         known = {name: None for path in leaves for name in _above(path)}

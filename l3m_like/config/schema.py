@@ -24,6 +24,7 @@ def setting(
     at_most: float | None = None,
     reasons: dict[Any, str] | None = None,
     rest: bool = False,
+    section: type | None = None,
 ) -> Any:
     """A dataclass field with its documentation and bounds.
 
@@ -34,6 +35,7 @@ def setting(
         choices: the values (of a string setting) that are allowed; other types that the annotation admits pass.
         at_least, above, at_most: bounds of a number.
         reasons: ``{refused value: why, and what to write instead}``.
+        section: what each entry of a named dict must be; it stays a plain dict, with its defaults filled in.
         rest: it takes the section's keys that are no setting (the named datasets of `data`).
     """
     metadata = {
@@ -45,6 +47,7 @@ def setting(
         "at_most": at_most,
         "reasons": reasons or {},
         "rest": rest,
+        "section": section,
     }
     if isinstance(default, (list, dict)):
         value = default
@@ -105,7 +108,9 @@ class Optim:
         above=0,
         reasons={0: "0 would multiply every gradient by 0. Write null to turn clipping off"},
     )
-    groups: dict[str, Group] = setting({}, "Named parameter groups with their own lr_scale and weight_decay.")
+    groups: dict[str, dict[str, Any]] = setting(
+        {}, "Named parameter groups with their own lr_scale and weight_decay.", section=Group
+    )
     no_decay: list[str] = setting(
         [],
         "Glob patterns of further parameters without weight decay; norms and biases (fewer than two dimensions) have none.",
@@ -222,7 +227,7 @@ class Checkpoint:
     keep_every: int | None = setting(None, "Also keep every checkpoint whose step is a multiple of this.", at_least=1)
     resume: str = setting(
         "auto",
-        "auto: continue this run's newest checkpoint; never: refuse a folder that holds a run; else the path of one to start from.",
+        "auto: continue this run's newest checkpoint; never: refuse a folder that holds a run; else the path of one to start at.",
     )
     asynchronous: bool = setting(True, "Write in the background while training goes on.")
 

@@ -58,6 +58,11 @@ def settings(section: type) -> dict[str, dataclasses.Field[Any]]:
     }
 
 
+def rest_of(section: Any) -> dataclasses.Field[Any] | None:
+    """The field that takes a section's keys that are no setting, if it has one."""
+    return next((field for field in dataclasses.fields(section) if field.metadata.get("rest")), None)
+
+
 def build(section: type[T], given: Any, path: str, where: Where = nowhere) -> T:
     """The ``section`` (a dataclass of ``schema.py``) that the mapping ``given`` describes.
 
@@ -67,14 +72,15 @@ def build(section: type[T], given: Any, path: str, where: Where = nowhere) -> T:
     if not isinstance(given, Mapping):
         raise UserError(f"{at(path, given, where)}: this is a section; it holds {', '.join(settings(section))}.")
     known = settings(section)
-    rest = next((field for field in dataclasses.fields(section) if field.metadata.get("rest")), None)
+    rest = rest_of(section)
     values: dict[str, Any] = {rest.name: {key: value for key, value in given.items() if key not in known}} if rest else {}
     for key, value in given.items():
         if key not in known and rest is None:
             raise unknown_key(path, key, value, known, where)
+    types_of = hints(typing.cast(type, section))
     for key, field in known.items():
         if key in given:
-            values[field.name] = convert(hints(section)[field.name], given[key], join(path, key), where, field)
+            values[field.name] = convert(types_of[field.name], given[key], join(path, key), where, field)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{join(path, key)} must be given: {field.metadata['doc']}")
     made = section(**values)
@@ -103,7 +109,7 @@ def convert(hint: Any, value: Any, path: str, where: Where, field: dataclasses.F
         return None
     for option in options:
         if dataclasses.is_dataclass(option):
-            return build(option, value, path, where)
+            return build(typing.cast(type, option), value, path, where)
         origin = typing.get_origin(option) or option
         if origin is list and isinstance(value, (str, list, tuple)):
             items = [value] if isinstance(value, str) else value  # one pattern is a list of one
@@ -111,6 +117,8 @@ def convert(hint: Any, value: Any, path: str, where: Where, field: dataclasses.F
             return [convert(item, entry, f"{path}.{i}", where) for i, entry in enumerate(items)]
         if origin is dict and isinstance(value, Mapping):
             _, item = typing.get_args(option)
+            if metadata.get("section"):
+                return {str(k): to_plain(build(metadata["section"], v, join(path, k), where)) for k, v in value.items()}
             return {str(k): v if item is Any else convert(item, v, join(path, k), where) for k, v in value.items()}
         fitted = scalar(option, value)
         if fitted is not None:
@@ -174,8 +182,8 @@ def to_plain(value: Any) -> Any:
     """Sections as plain containers, under their names in the file."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {key: to_plain(getattr(value, field.name)) for key, field in settings(type(value)).items()}
-        rest = [to_plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.metadata.get("rest")]
-        return plain | rest[0] if rest else plain
+        rest = rest_of(value)
+        return plain | to_plain(getattr(value, rest.name)) if rest else plain
     if isinstance(value, Mapping):
         return {key: to_plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

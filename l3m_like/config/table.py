@@ -10,25 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from l3m_like.config.run_config import RunConfig
-from l3m_like.config.strict import hints, join, settings, show
+from l3m_like.config.strict import hints, join, rest_of, settings, show
 
 BEGIN, END = "<!-- settings: begin (written by python -m l3m_like.config.table) -->", "<!-- settings: end -->"
 
 
 def rows(section: type = RunConfig, path: str = "") -> Iterator[tuple[str, str, str, str]]:
     """``(path, type, default, meaning)`` of every setting, nested ones after the section they are in."""
-    fields = settings(section) | {"NAME": field for field in dataclasses.fields(section) if field.metadata.get("rest")}
+    rest = rest_of(section)
+    fields = settings(section) | ({"NAME": rest} if rest else {})
     for key, field in fields.items():
         hint = hints(section)[field.name]
         full = join(path, key)
-        inner, named = _inner(hint)
+        inner, named = _inner(hint, field)
         yield full + (".NAME" if named else ""), _type(hint, field), _default(field), field.metadata["doc"]
         if inner is not None:
             yield from rows(inner, full + (".NAME" if named else ""))
 
 
-def _inner(hint: Any) -> tuple[type | None, bool]:
+def _inner(hint: Any, field: dataclasses.Field[Any]) -> tuple[type | None, bool]:
     """The section that a setting holds, and whether it holds several by name."""
+    if field.metadata["section"]:
+        return field.metadata["section"], True
     for option in typing.get_args(hint) or (hint,):
         if dataclasses.is_dataclass(option):
             return typing.cast(type, option), typing.get_origin(hint) is dict

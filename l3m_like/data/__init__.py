@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy(
         "sources.web_dataset": ["WebDataset"],
         "processors.tokenize": ["Tokenize"],
         "processors.class_image": ["ClassImage"],
+        "processors.class_latent": ["ClassLatent"],
         "packing": ["ConcatPack", "Stack", "Piece"],
         "lanes": ["Lane", "Order"],
         "loader": ["Loader", "EvalLoader", "Step"],

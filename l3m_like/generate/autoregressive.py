@@ -97,7 +97,7 @@ class Autoregressive:
             if value < 1:
                 raise UserError(f"Autoregressive: {name} is {value}; it is at least 1.")
         if not temperature > 0:
-            raise UserError(f"Autoregressive: temperature is {temperature}; it is above 0. For the likeliest token say greedy: true.")
+            raise UserError(f"Autoregressive: temperature is {temperature}; it is above 0 (the likeliest token: greedy: true).")
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"Autoregressive: top_p is {top_p}; it is a probability above 0 and at most 1.")
         if top_k is not None and top_k < 1:
@@ -130,14 +130,14 @@ class Autoregressive:
                 tokens = self._generate(graph, [prompts[row // self.num_samples] for row in rows], rows, count, process, mesh)
                 found |= dict(zip(rows, tokens, strict=True)) if count else {}
         tokens = collect(found, mesh)
-        texts = [self._text(row, process) for row in tokens]
-        return Texts([self._text(prompt, process, cut=False) for prompt in prompts for _ in range(self.num_samples)], texts, tokens)
+        given = [self._text(prompt, process, cut=False) for prompt in prompts for _ in range(self.num_samples)]
+        return Texts(given, [self._text(row, process) for row in tokens], tokens)
 
     def _encode(self, prompt: str | Sequence[int], process: Any) -> list[int]:
         if isinstance(prompt, str) and process is None:
             raise UserError(
-                f"Autoregressive: the prompt {prompt!r} is a text, but there is no tokenizer: data.train.process has no encode and "
-                "decode. Give lists of token ids."
+                f"Autoregressive: the prompt {prompt!r} is a text, but there is no tokenizer: data.train.process has no encode "
+                "and decode. Give lists of token ids."
             )
         ids = process.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
@@ -161,7 +161,9 @@ class Autoregressive:
             raise UserError("Autoregressive: no block of this model makes a key/value cache; say cache: false.")
         for number, (path, key) in enumerate(caches):
             if key in [other for _, other in caches[:number]]:
-                raise UserError(f"Autoregressive: {path} shares the cache '{key}' with another block; give it `reads: {{cache: {key}_2}}`.")
+                raise UserError(
+                    f"Autoregressive: {path} shares the cache '{key}' with another block; give it `reads: {{cache: {key}_2}}`."
+                )
         supplied = [self._key(port) for port in ("ids", "positions", "document_ids")]
         graph.check("Autoregressive", supplied, [self._key("ids"), self._key("document_ids")], self._key("logits"))
 
@@ -244,4 +246,5 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = 
 def draw(chances: Tensor, uniform: Tensor) -> Tensor:
     """The tokens [B] at which the running sum of ``chances`` [B, V] passes ``uniform`` [B] (in (0, 1))."""
     running = chances.cumsum(-1)
-    return torch.searchsorted(running, (uniform * running[:, -1]).unsqueeze(-1), right=True).squeeze(-1).clamp(max=chances.shape[-1] - 1)
+    wanted = (uniform * running[:, -1]).unsqueeze(-1)
+    return torch.searchsorted(running, wanted, right=True).squeeze(-1).clamp(max=chances.shape[-1] - 1)

@@ -96,7 +96,7 @@ class FlowODE:
         if method not in METHODS:
             raise UserError(f"FlowODE: no method '{method}'. {did_you_mean(method, METHODS)}")
         if guidance < 0:
-            raise UserError(f"FlowODE: guidance is {guidance}; 0 ignores the class, 1 is the plain conditional model, 2 to 4 are usual.")
+            raise UserError(f"FlowODE: guidance is {guidance}; 0 ignores the class, 1 is the plain model, 2 to 4 are usual.")
         self.labels = list(range(classes) if labels is None else labels)
         for label in self.labels:
             if not 0 <= label < classes:
@@ -122,8 +122,8 @@ class FlowODE:
             for rows, count in deal(self.num_samples, self.batch, mesh):
                 images = self._generate(graph, rows).cpu()
                 found |= dict(zip(rows, images, strict=True)) if count else {}
-        labels = [self._label(row) for row in range(self.num_samples)]
-        return Images(torch.stack(collect(found, mesh)), torch.tensor(labels), columns=min(len(self.labels), self.num_samples, 10))
+        labels = torch.tensor([self._label(row) for row in range(self.num_samples)])
+        return Images(torch.stack(collect(found, mesh)), labels, columns=min(len(self.labels), self.num_samples, 10))
 
     def _key(self, port: str) -> str:
         return f"{self.stream}_{port}"
@@ -134,7 +134,8 @@ class FlowODE:
     def _generate(self, graph: Inference, rows: Sequence[int]) -> Tensor:
         # the state stays in float32 under a bf16 model: it sums many small steps
         dtype = torch.promote_types(graph.dtype, torch.float32)
-        noise = normal(torch.tensor(rows, device=graph.device), self.shape, seed=self.seed, purpose=f"flow_ode/{self.stream}", dtype=dtype)
+        row = torch.tensor(rows, device=graph.device)
+        noise = normal(row, self.shape, seed=self.seed, purpose=f"flow_ode/{self.stream}", dtype=dtype)
         labels = torch.tensor([self._label(row) for row in rows], device=graph.device)
         return METHODS[self.method](self.velocity(graph, labels), noise, self.steps)
 

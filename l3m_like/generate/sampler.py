@@ -57,7 +57,9 @@ class Inference:
         self.graphs = {name: part.inference() for name, part in self.parts.items()}
         #: ``(path, block)`` of all that runs
         self.blocks: list[tuple[str, ReadWriteBlock]] = [
-            (f"{name}.{step.path}" if name else step.path, step.block) for name, graph in self.graphs.items() for step in graph.steps
+            (f"{name}.{step.path}" if name else step.path, step.block)
+            for name, graph in self.graphs.items()
+            for step in graph.steps
         ]
         parameter = next(model.parameters())
         self.device = parameter.device
@@ -93,9 +95,10 @@ class Inference:
             available |= set(block.writes_in(True).values())
         for key in needed:
             if key not in read:
-                raise UserError(f"{sampler}: it supplies '{key}', but no block of the inference graph reads it. {did_you_mean(key, read)}")
+                raise UserError(f"{sampler}: no block of the inference graph reads '{key}'. {did_you_mean(key, read)}")
         if result not in available:
-            raise UserError(f"{sampler}: it needs '{result}', but no block writes it. {did_you_mean(result, available - set(supplied))}")
+            written = available - set(supplied)
+            raise UserError(f"{sampler}: no block of the inference graph writes '{result}'. {did_you_mean(result, written)}")
 
 
 @contextmanager
@@ -144,8 +147,8 @@ def deal(total: int, batch: int, mesh: Mesh | None) -> Iterator[tuple[list[int],
 
 def collect(found: Mapping[int, T], mesh: Mesh | None) -> list[T]:
     """``{row: sample}`` of every rank -> all samples in row order, on every rank."""
-    if mesh is None or mesh.world_size == 1:
-        merged = dict(found)
-    else:
-        merged = {row: value for part in gather_objects(dict(found) if mesh.speaks_for_rows else {}) for row, value in part.items()}
+    merged = dict(found)
+    if mesh is not None:
+        for part in gather_objects(merged if mesh.speaks_for_rows else {}):
+            merged |= part
     return [merged[row] for row in sorted(merged)]

@@ -181,10 +181,10 @@ class Checkpointer:
             if local.device.type == "cpu":
                 copy = local.clone(memory_format=torch.contiguous_format)
             else:
-                copy = self._pinned.get(name)
-                if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
-                    copy = self._pinned[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=True)
-                copy.copy_(local, non_blocking=True)
+                kept = self._pinned.get(name)
+                if kept is None or kept.shape != local.shape or kept.dtype != local.dtype:
+                    kept = self._pinned[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=True)
+                copy = kept.copy_(local, non_blocking=True)
                 devices.add(local.device)
             # not DTensor.from_local: it would move the copy to the mesh's device
             staged[name] = DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
@@ -451,23 +451,25 @@ class _Writer(FileSystemWriter):
         summed = []
         for result in results:
             info = result.storage_data
-            crc = _crc32(self.path / info.relative_path, info.offset, info.length)  # the file is still in the page cache
+            crc = _crc32(Path(self.path) / info.relative_path, info.offset, info.length)  # still in the page cache
             summed.append(replace(result, storage_data=_Stored(info.relative_path, info.offset, info.length, crc32=crc)))
         out: Future[list[WriteResult]] = Future()
         out.set_result(summed)
         return out
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        index = {
-            name: {"dtype": str(entry.properties.dtype).removeprefix("torch."), "shape": list(entry.size), "chunks": []}
-            for name, entry in metadata.state_dict_metadata.items()
-        }
-        sizes = {(name, c.offsets): c.sizes for name, entry in metadata.state_dict_metadata.items() for c in entry.chunks}
-        for result in (result for part in results for result in part):
-            name, offsets, info = result.index.fqn, result.index.offset, result.storage_data
-            where = {"file": info.relative_path, "at": info.offset, "length": info.length, "crc32": info.crc32}
-            index[name]["chunks"].append({"offsets": list(offsets), "sizes": list(sizes[name, offsets])} | where)
-        _put(self.path / INDEX, json.dumps(index))
+        stored = {result.index: result.storage_data for part in results for result in part}
+        index = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata)  # nothing but tensors is saved through DCP
+            chunks = []
+            for chunk in entry.chunks:
+                info = stored[MetadataIndex(name, chunk.offsets)]
+                where = {"file": info.relative_path, "at": info.offset, "length": info.length, "crc32": info.crc32}
+                chunks.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes)} | where)
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            index[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": chunks}
+        _put(Path(self.path) / INDEX, json.dumps(index))
         plain = [[replace(r, storage_data=_StorageInfo(*astuple(r.storage_data)[:3])) for r in part] for part in results]
         super().finish(metadata, plain)  # no class of ours in what torch's tools will unpickle
 
@@ -476,8 +478,9 @@ class _Reader(FileSystemReader):
     """DCP's, with the index read from JSON, and the checksum of each piece checked before it is used."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        tensors, storage = {}, {}
-        for name, entry in _read_index(self.path).items():
+        tensors: dict[str, Any] = {}
+        storage = {}
+        for name, entry in _read_index(Path(self.path)).items():
             chunks = [ChunkStorageMetadata(torch.Size(c["offsets"]), torch.Size(c["sizes"])) for c in entry["chunks"]]
             tensors[name] = TensorStorageMetadata(TensorProperties(dtype=_dtype(entry)), torch.Size(entry["shape"]), chunks)
             for c in entry["chunks"]:
@@ -487,7 +490,7 @@ class _Reader(FileSystemReader):
     def read_data(self, plan: Any, planner: Any) -> Future[None]:
         for index in {item.storage_index: None for item in plan.items}:
             info = self.storage_data[index]
-            if _crc32(self.path / info.relative_path, info.offset, info.length) != info.crc32:
+            if _crc32(Path(self.path) / info.relative_path, info.offset, info.length) != info.crc32:
                 raise DamagedCheckpoint(f"the bytes of '{index.fqn}' in {info.relative_path} were changed")
         return super().read_data(plan, planner)
 

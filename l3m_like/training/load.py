@@ -54,7 +54,7 @@ class Loaded:
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """``data`` plus all that the inference graph writes."""
         out = dict(data)
-        for name, part in parts_of(self.model).items():
+        for part in parts_of(self.model).values():
             out = part(out, part.inference())
         return out
 
@@ -65,7 +65,7 @@ class Loaded:
             UserError: the config has no ``sample`` section; the sampler has no such setting.
         """
         if self.config.sample is None:
-            raise UserError("The config has no `sample` section. Add one, e.g. sample: {_target_: l3m_like.generate.FlowODE, ...}.")
+            raise UserError("The config has no `sample` section. Add one: sample: {_target_: l3m_like.generate.FlowODE, ...}.")
         section = targets.check({**self.config.sample, **overrides}, "sample")
         sampler = targets.instantiate(section, "sample")
         return sampler.run(self.model, process=self._processor(), mesh=self.mesh)
@@ -103,7 +103,8 @@ def load(
     """
     cfg, checkpoints = _find(run_or_config, overrides)
     if checkpoints is None and (step is not None or ema):
-        raise UserError(f"load: {'step' if step is not None else 'ema'} needs a run's directory, but {run_or_config} is a config: it has no checkpoint.")
+        what = "ema" if ema else f"step {step}"
+        raise UserError(f"load: {what} needs a run's directory (RUN/checkpoints), but a config was given, which has no weights.")
     if ema and cfg.ema is None:
         raise UserError(f"load: ema was asked for, but this run kept no average (its config has ema: null): {checkpoints}")
     if checkpoints is not None and mesh is None and step is None:
@@ -158,7 +159,8 @@ def _find(run_or_config: RunConfig | str | Path | Mapping[str, Any], overrides: 
     if not (path / "config.yaml").is_file():
         runs = [found.parent.name for found in path.parent.glob("*/config.yaml")]
         what = "holds no config.yaml" if path.is_dir() else "does not exist"
-        raise UserError(f"load: no run at {path}: it {what}. {did_you_mean(path.name, runs) if runs else 'A run is a directory below `run.dir`.'}")
+        hint = did_you_mean(path.name, runs) if runs else "Give the directory of a run (below `run.dir`), or a config."
+        raise UserError(f"load: no run at {path}: it {what}. {hint}")
     return RunConfig.from_file(path / "config.yaml", overrides), path / "checkpoints"
 
 
@@ -181,9 +183,11 @@ def _saved_name(name: str, tensor: Tensor, ema: bool) -> str:
 def _fill_here(model: nn.Module, keys: Mapping[str, str], checkpoints: Path, step: int | None) -> None:
     tensors = _tensors(model)
     for key, value in load_full(checkpoints, step, keys).items():
-        if value.shape != tensors[keys[key]].shape:
-            raise UserError(f"load: '{key}' is {list(value.shape)} in {checkpoints}, but {list(tensors[keys[key]].shape)} in the config's model.")
-        tensors[keys[key]].copy_(value)
+        here = tensors[keys[key]]
+        if value.shape != here.shape:
+            shapes = f"{list(value.shape)} in {checkpoints}, but {list(here.shape)} in the model of the config"
+            raise UserError(f"load: '{key}' is {shapes}. Load the run with its own config.yaml.")
+        here.copy_(value)
 
 
 @torch.no_grad()

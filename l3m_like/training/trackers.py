@@ -122,12 +122,12 @@ class Wandb:
             raise UserError("log.wandb: the package is not installed. Run: pip install wandb") from error
         self._wandb = wandb
         settings = wandb_settings(Path.cwd())
-        mode = os.environ.get("WANDB_MODE", mode)
-        host = {"base_url": settings["host-name"]} if "host-name" in settings else {}
-        key = {"api_key": settings["api-key"]} if "api-key" in settings else {}
+        chosen: Any = os.environ.get("WANDB_MODE", mode)
+        given = {"host-name": "base_url", "api-key": "api_key"}
+        explicit: dict[str, Any] = {name: settings[key] for key, name in given.items() if key in settings}
         try:
             # without a key W&B would ask for one, on a terminal that nobody may be looking at
-            if mode == "online" and not key and not wandb.login(host=settings.get("host-name"), prompt=False, verify=False):
+            if chosen == "online" and "api_key" not in explicit and not wandb.login(host=settings.get("host-name"), prompt=False, verify=False):
                 raise UserError(
                     f"log.wandb: there is no API key. Put `api-key: ...` into {WANDB_FILE} (not into git), set WANDB_API_KEY, "
                     "run `wandb login`, or set log.wandb.mode=offline."
@@ -139,10 +139,10 @@ class Wandb:
                 name=run_dir.name,
                 id=run_id or kept_id(run_dir / "wandb_id"),
                 resume="allow",
-                mode=mode,
+                mode=chosen,
                 tags=list(tags or []),
                 config=dict(stamp or {}),
-                settings=wandb.Settings(console="off", **host, **key),
+                settings=wandb.Settings(console="off", **explicit),
             )
         except wandb.errors.Error as error:
             raise UserError(f"log.wandb: {error} Set log.wandb.mode=offline to train without a connection.") from error

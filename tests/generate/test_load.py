@@ -26,12 +26,12 @@ def assert_same(ours, theirs) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("step", "ema", "seed"), [(None, False, 4), (4, False, 4), (2, False, 2), (None, True, 104), (2, True, 102)])
+@pytest.mark.parametrize(("step", "ema", "seed"), [(None, False, 4), (2, False, 2), (None, True, 104), (2, True, 102)])
 def test_weights_of_a_step(run, step, ema, seed) -> None:
     loaded = load(run, step=step, ema=ema)
     assert_same(weights(loaded), weights(tiny("sit", seed=seed)))
     assert loaded.step == (step or 4) and loaded.ema is ema
-    assert not loaded.model.training and loaded.config.classes if hasattr(loaded.config, "classes") else True
+    assert not loaded.model.training
 
 
 def test_dtype_and_tied_weights(tmp_path) -> None:
@@ -64,7 +64,8 @@ def test_generate_takes_the_config_and_overrides(run) -> None:
         loaded.generate(guidence=1.0)
     with pytest.raises(UserError, match="no argument 'stepz'"):
         load(run, overrides=["sample.stepz=2"])
-    assert [step.path for step in loaded.inference[""].steps] == ["preprocessor.patches", "preprocessor.condition", "trunk", "head"]
+    paths = [step.path for step in loaded.inference[""].steps]
+    assert paths == ["preprocessor.patches", "preprocessor.condition", "trunk", "head"]
 
 
 def test_errors(run, tmp_path) -> None:
@@ -82,7 +83,7 @@ def test_errors(run, tmp_path) -> None:
         load(empty)
     with pytest.raises(UserError, match="kept no average"):
         load(empty, ema=True)
-    with pytest.raises(UserError, match=r"is \[\d+, 16\].* but \[\d+, 32\]"):
+    with pytest.raises(UserError, match=r"is \[16, 4\] in .* but \[32, 4\]"):
         other = RunConfig.from_file(CONFIGS / "sit.yaml", [*OVERRIDES["sit"], "dim=32"])
         other.save(run)
         load(run)
