@@ -54,7 +54,7 @@ class RunConfig:
 
     seed: int = setting(0, "Of every random draw.", at_least=0)
     steps: int | None = setting(None, "Run length in optimizer steps (one of steps, epochs, tokens).", at_least=1)
-    epochs: float | None = setting(None, "Run length in passes over data.train.", above=0)
+    epochs: int | None = setting(None, "Run length in passes over data.train.", at_least=1)
     tokens: int | None = setting(None, "Run length in tokens.", at_least=1)
     batch: Batch = setting(doc="Rows per step.")
     data: Data = setting(doc="What is read.")

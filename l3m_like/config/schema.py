@@ -268,8 +268,8 @@ class Eval:
 class Init:
     """Weights to start from."""
 
-    from_: str = setting(doc="A folder (or hub name) with Hugging Face safetensors, or a checkpoint of another run.", key="from")
-    strict: bool = setting(True, "Every parameter must be found there.")
+    from_: str = setting(doc="A run's directory, or one of its checkpoint folders.", key="from")
+    strict: bool = setting(True, "Every parameter must be found there. false: what is not keeps its random values.")
 
 
 @dataclass(kw_only=True)

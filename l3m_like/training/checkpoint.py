@@ -161,6 +161,14 @@ class Checkpointer:
             error, self._error = self._error, None
             raise UserError(f"A checkpoint could not be saved in {self.directory}: {_reason(error)}") from error
 
+    def clean(self) -> None:
+        """Remove what a killed process left behind: partial saves, pruning half done. The first save does it too.
+
+        For the run that trains, before it goes on; not for a reader, beside which a live run may be saving.
+        """
+        self.wait()
+        self._on_main(self._sweep)
+
     def close(self) -> None:
         """Finish the save under way and give up the process group."""
         try:
@@ -207,15 +215,20 @@ class Checkpointer:
         except (Exception, CheckpointException) as error:  # noqa: BLE001  a thread; CheckpointException is a BaseException
             self._error = error
 
+    def _sweep(self) -> None:
+        for step in _steps(self.directory):
+            if not (self.directory / _name(step) / MARKER).exists():
+                log.warning("removing %s, which a save that was cut short left behind", self.directory / _name(step))
+                _remove(self.directory / _name(step))
+        if (step := _newest(self.directory)) is not None:
+            self._prune(step)
+        self._swept = True
+
     def _make_room(self, path: Path) -> None:
-        """Remove what dead saves left (once per run), and what is in the place of the checkpoint to be written."""
+        """Clear the place of the checkpoint to be written."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self._swept:
-            for step in _steps(self.directory):
-                if not (self.directory / _name(step) / MARKER).exists():
-                    log.warning("removing %s, which a save that was cut short left behind", self.directory / _name(step))
-                    _remove(self.directory / _name(step))
-            self._swept = True
+            self._sweep()
         if path.exists():
             _remove(path)
         path.mkdir()
@@ -234,20 +247,24 @@ class Checkpointer:
         reached("between_marker_and_latest")
         _put(self.directory / LATEST, f"{step}\n")
         try:
+            self._set_aside(step)
             self._prune(step)
         except OSError as error:  # the checkpoint is safe; a file that will not go is no reason to stop a run
             log.warning("pruning in %s: %s", self.directory, error)
 
-    def _prune(self, step: int) -> None:
-        committed = [s for s in _steps(self.directory) if (self.directory / _name(s) / MARKER).exists()]
-        for later in (s for s in committed if s > step):
+    def _set_aside(self, step: int) -> None:
+        """What lies beyond the step just committed is of another history: not to be resumed from, nor to be lost."""
+        for later in (s for s in _steps(self.directory) if s > step):
             path = self.directory / _name(later)
             aside = path.with_suffix(".abandoned")
             log.warning("%s belongs to a history that this run has left; renamed to %s", path, aside.name)
             if aside.exists():
                 _remove(aside)
             path.rename(aside)
-        for old in [s for s in committed if s <= step][: -self.keep_last]:
+
+    def _prune(self, step: int) -> None:
+        committed = [s for s in _steps(self.directory) if s <= step and (self.directory / _name(s) / MARKER).exists()]
+        for old in committed[: -self.keep_last]:
             if self.keep_every is None or old % self.keep_every:
                 path = self.directory / _name(old)
                 (path / MARKER).unlink()  # first: what is being removed is no checkpoint any more
@@ -264,6 +281,10 @@ class Checkpointer:
         """
         self.wait()
         return self._on_main(lambda: next(iter(_whole(self.directory)), None))
+
+    def names(self, step: int) -> set[str]:
+        """The tensors that the checkpoint of ``step`` holds."""
+        return set(_read_index(self.directory / _name(step)))
 
     def load(self, step: int, tensors: Mapping[str, Tensor], *, partial: bool = False) -> dict[str, Any]:
         """Fill ``tensors`` in place from the checkpoint of ``step``, saved on any mesh; returns its ``state``.
@@ -364,6 +385,12 @@ def _steps(directory: Path) -> list[int]:
     return sorted(int(found[1]) for entry in directory.iterdir() if (found := re.fullmatch(r"step_(\d{8,})", entry.name)))
 
 
+def _newest(directory: Path) -> int | None:
+    """What the ``latest`` file says."""
+    text = (directory / LATEST).read_text().strip() if (directory / LATEST).exists() else ""
+    return int(text) if text.isdecimal() else None
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with the checkpoint at ``path``, or None. Reads sizes and the small files, not the data."""
     if not path.is_dir():
@@ -389,13 +416,12 @@ def damage(path: Path) -> str | None:
 def _whole(directory: Path, unreadable: Container[int] = ()) -> Iterable[int]:
     """Steps of the whole checkpoints, best first, without the ``unreadable``; says which are skipped and why."""
     steps = _steps(directory)
-    newest = directory / LATEST
-    text = newest.read_text().strip() if newest.exists() else ""
-    last = int(text) if text.isdecimal() else max(steps, default=0)
+    newest = _newest(directory)
+    last = newest if newest is not None else max(steps, default=0)
     # beyond `latest` lie checkpoints of an abandoned history, or one whose save was cut just before `latest` moved
     order = sorted((s for s in steps if s <= last), reverse=True) + [s for s in steps if s > last]
     found = False
-    committed = newest.exists()
+    committed = newest is not None
     for step in order:
         path = directory / _name(step)
         committed = committed or (path / MARKER).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ class Evaluations:
     def __init__(self, cfg: Any, parts: Mapping[str, MetaModel], losses: Mapping[str, Loss], mesh: Mesh, rows: int) -> None:
         self.mesh, self.parts, self.rows, self.seed = mesh, parts, rows, cfg.seed
         self.every = {name: evaluation.every for name, evaluation in cfg.evals.items()}
+        self.samples = {name: evaluation.samples for name, evaluation in cfg.evals.items()}
         self.plans: dict[str, tuple[Any, Mapping[str, Loss], Mapping[str, Graph]]] = {}
         for name in cfg.evals:
             dataset = cfg.instantiate(f"evals.{name}.data")
@@ -42,10 +44,16 @@ class Evaluations:
                 batches = EvalLoader(
                     dataset, batch=self.rows, dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size, seed=self.seed
                 )
-                yield name, evaluate(self.parts, graphs, losses, batches, self.mesh)
+                yield name, evaluate(self.parts, graphs, losses, self._limited(name, batches), self.mesh)
         finally:
             if names and ema is not None:
                 ema.swap()
+
+    def _limited(self, name: str, batches: EvalLoader) -> Iterator[tuple[dict[str, Any], bool]]:
+        """The batches of about ``samples`` rows: the same number on every rank."""
+        samples = self.samples[name]
+        most = None if samples is None else -(-samples // (self.rows * self.mesh.dp_size))
+        return itertools.islice(iter(batches), most)
 
 
 @torch.no_grad()

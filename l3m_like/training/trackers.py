@@ -127,7 +127,8 @@ class Wandb:
         explicit: dict[str, Any] = {name: settings[key] for key, name in given.items() if key in settings}
         try:
             # without a key W&B would ask for one, on a terminal that nobody may be looking at
-            if chosen == "online" and "api_key" not in explicit and not wandb.login(host=settings.get("host-name"), prompt=False, verify=False):
+            ask = chosen == "online" and "api_key" not in explicit
+            if ask and not wandb.login(host=settings.get("host-name"), prompt=False, verify=False):
                 raise UserError(
                     f"log.wandb: there is no API key. Put `api-key: ...` into {WANDB_FILE} (not into git), set WANDB_API_KEY, "
                     "run `wandb login`, or set log.wandb.mode=offline."

@@ -8,6 +8,7 @@ evaluate and save.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ from l3m_like.training.optim import EMA, Guard
 from l3m_like.training.record import StepRecord, flush, watch_bad_steps
 from l3m_like.training.report import Reporter
 from l3m_like.training.schedule import Schedule
+from l3m_like.training.start_from import find_checkpoint, load_weights
 from l3m_like.training.state import state_tensors
 from l3m_like.training.updates import Update, assign_parameters, plan_updates, refuse_split
 
@@ -70,16 +72,21 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
         update.graphs = wiring.graphs[update.name]
         update.keep = tuple(key for later in updates[number + 1 :] for key in wiring.carried[later.name])
     trace = Trace(wiring, micro_rows)
+    if cfg.tokens is not None and dataset.unit != "tokens":
+        raise UserError(f"tokens: {cfg.tokens}: this data is counted in {dataset.unit}. Give `steps` or `epochs` instead.")
     steps = cfg.steps if cfg.tokens is None else -(-cfg.tokens // (cfg.batch.global_ * dataset.pack.units_per_row))
     return Plan(model, parts, losses, updates, wiring, trace, dataset, steps, micro_rows, rows // micro_rows)
 
 
 def train(cfg: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, float]:
     """Train what ``cfg`` describes and return the final metrics (``loss``, one entry per evaluation, ...)."""
-    cfg = RunConfig.of(cfg)
-    torch.use_deterministic_algorithms(cfg.deterministic)
+    with contextlib.ExitStack() as closing:
+        return _train(RunConfig.of(cfg), closing)
 
+
+def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     # ---- mesh, model, weights ------------------------------------------------------------------------------------
+    torch.use_deterministic_algorithms(cfg.deterministic)
     mesh = build_mesh(cfg.mesh_axes())
     run_dir = start_run(cfg)
     run = plan(cfg, mesh.dp_size)
@@ -90,7 +97,7 @@ def train(cfg: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, float]:
         keep_every=cfg.checkpoint.keep_every,
         asynchronous=cfg.checkpoint.asynchronous,
     )
-    resume_from = checkpointer.latest()
+    resumes = checkpointer.latest() is not None or cfg.checkpoint.resume not in ("auto", "never")
     for name, part in parts.items():
         specs = init_specs(part)
         for _, block in part.blocks():
@@ -104,9 +111,11 @@ def train(cfg: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, float]:
             reshard_after_forward=cfg.parallel.reshard_after_forward,
         )
         materialize(part, mesh.device)
-        if resume_from is None:
+        if not resumes:
             initialize(part, cfg.seed, f"{name}." if name else "", specs)
         part.train()
+    if cfg.init is not None:
+        load_weights(run.model, cfg.init.from_, strict=cfg.init.strict)
 
     # ---- optimizers, state, data ---------------------------------------------------------------------------------
     trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
@@ -115,7 +124,9 @@ def train(cfg: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, float]:
         update.prepare(mesh, Guard(mesh.device, spike=cfg.guard.spike_factor, window=cfg.guard.window))
     ema = EMA(trainable, cfg.ema.decay) if cfg.ema is not None else None
     tensors = state_tensors(run.model, updates, ema)
-    saved = checkpointer.load(resume_from, tensors) if resume_from is not None else {"step": 0, "data": None, "bad_steps": 0}
+    saved = {"step": 0, "data": None, "bad_steps": 0}
+    if resumes:
+        saved = resume(checkpointer, cfg.checkpoint.resume, tensors)
     step, bad_steps = saved["step"], saved["bad_steps"]
     loader = Loader(
         run.dataset,
@@ -130,8 +141,10 @@ def train(cfg: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, float]:
         state=saved["data"],
         epochs=cfg.epochs,
     )
+    closing.callback(loader.close)
     steps = run.steps or loader.total_steps
-    schedule = Schedule(cfg.schedule.name, total=steps, warmup=cfg.schedule.warmup, decay=cfg.schedule.decay, floor=cfg.schedule.floor)
+    shape = cfg.schedule
+    schedule = Schedule(shape.name, total=steps, warmup=shape.warmup, decay=shape.decay, floor=shape.floor)
     flops = StepFlops(run.trace)
     evaluations = Evaluations(cfg, parts, run.losses, mesh, run.micro_rows)
     stamp = cfg.facts() | {"mesh": str(mesh), "random_weights": random_weights(parts.values())}
@@ -140,16 +153,22 @@ def train(cfg: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, float]:
     reporter = Reporter(cfg.log, run_dir, mesh.is_main, step, stamp, total=steps, peak_flops=peak, run_id=cfg.run.id)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
-    signals, pending, final = Signals(), [], {}
+    signals = Signals()
+    closing.callback(signals.restore)
     upcoming = fetch(loader, updates, signals, mesh) if step < steps else None
+    pending: list[StepRecord] = []
+    final: dict[str, float] = {}
     began = time.perf_counter()
-    gc.collect()
-    gc.disable()  # ranks that collect at different moments wait for each other
+    if cfg.gc_every:  # ranks that collect at different moments wait for each other
+        gc.collect()
+        gc.disable()
+        closing.callback(gc.enable)
     while upcoming is not None:
         batch, totals, stop, waited = upcoming.agreed(mesh)
         if batch is None:  # the data ends on all ranks at the same step
             break
         seed_streams(cfg.seed, step, mesh)
+        scale = schedule.scale(step)
         sums: dict[str, Tensor] = {}
         norms: dict[str, tuple[Tensor, Tensor]] = {}
         carried: list[dict[str, Tensor]] = [{} for _ in batch.micro]
@@ -164,11 +183,12 @@ def train(cfg: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, float]:
                 carried[number] |= kept
                 for name, (value, count) in terms.items():
                     sums[name] = torch.stack((value + (sums[name][0] if name in sums else 0), count))
-            norms[update.name] = update.step(mesh, schedule.scale(step))
+            norms[update.name] = update.step(mesh, scale)
         if ema is not None:
             ema.update(torch.stack([skipped for _, skipped in norms.values()]).amax())
-        rates = {update.name: update.settings.lr * schedule.scale(step) for update in updates if update.name in norms}
-        pending.append(StepRecord(step, sums, norms, batch, rates, waited, sum(map(run.dataset.units, batch.micro)), flops.of(batch.micro)))
+        rates = {update.name: update.settings.lr * scale for update in updates if update.name in norms}
+        units = sum(run.dataset.units(micro) for micro in batch.micro)
+        pending.append(StepRecord(step, sums, norms, batch, rates, waited, units, flops.of(batch.micro)))
         step += 1
         ending = stop or step == steps
         upcoming = None if ending else fetch(loader, updates, signals, mesh)
@@ -193,9 +213,15 @@ def train(cfg: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, float]:
             gc.collect()
 
     # ---- the end -------------------------------------------------------------------------------------------------
-    gc.enable()
-    loader.close()
     checkpointer.close()
-    signals.restore()
     reporter.close(final)
     return final
+
+
+def resume(checkpointer: Checkpointer, where: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Load this run's newest checkpoint into ``tensors``; if it has none, the one that ``checkpoint.resume`` names."""
+    found = checkpointer.resume(tensors)
+    if found is not None:
+        return found[1]
+    folder, step = find_checkpoint(where, "checkpoint.resume")
+    return Checkpointer(folder).load(step, tensors)

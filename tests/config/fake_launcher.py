@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import types
 from typing import Any
 
@@ -25,6 +26,10 @@ def train(cfg: Any) -> dict[str, float]:
             raise UserError(f"only rank {rank} cannot read its shard; mount it")
         if fault == "user_error_all" and step == 1:
             raise UserError("batch.global = 5: it does not divide")
+        if fault == "rank_0_waits_for_ever" and step == 1:
+            if rank == 0:
+                time.sleep(100)
+            raise UserError("rank 1 is the one that knows why")
         if fault == f"crash_rank_{rank}" and step == 1:
             raise RuntimeError("out of paper")
         if fault.startswith("bad_dim_") and cfg.model["dim"] == int(fault.removeprefix("bad_dim_")):
@@ -34,7 +39,9 @@ def train(cfg: Any) -> dict[str, float]:
     dist.all_gather_object(ids, (str(cfg.run_dir), cfg.run.id))
     assert len(set(ids)) == 1, ids
     with open(os.path.join(cfg.run_dir, f"seen_{rank}.txt"), "a") as file:
-        file.write(f"{cfg.run.id} {os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('MASTER_PORT')} {dist.get_world_size()}\n")
+        file.write(
+            f"{cfg.run.id} {os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('MASTER_PORT')} {dist.get_world_size()}\n"
+        )
     return {"loss": value.item(), "step": float(cfg.steps or 1)}
 
 

@@ -60,10 +60,11 @@ def test_origins() -> None:
     assert cfg.origins["optim.weight_decay"] == "default" and cfg.origins["model.part.kind"] == "default"
     assert cfg.origins["steps"].endswith(toy + "5") and cfg.origins["model.part.scale"].endswith(toy + "14")
     assert cfg.origins["model.dim"].endswith("toy.yaml:11 = ${dim} (command line)")
-    assert cfg.origins["model.layers"].split(" = ")[1].startswith("${layers} (") and cfg.origins["model.layers"].endswith(toy + "2)")
+    assert cfg.origins["model.layers"].split(" = ")[1].startswith("${layers} (") and cfg.origins["model.layers"].endswith(
+        toy + "2)"
+    )
     assert cfg.origins["model.parts.list.0.width"].endswith(toy + "17")
-    leaves = {path for path in cfg.origins}
-    assert not [path for path in yaml_leaves(cfg.to_dict()) if path not in leaves]
+    assert not [path for path in yaml_leaves(cfg.to_dict()) if path not in cfg.origins]
 
 
 def yaml_leaves(value: object, path: str = "") -> list[str]:
@@ -85,7 +86,9 @@ def test_a_later_file_has_the_origin_of_what_it_changes(tmp_path: Path) -> None:
 
 
 def test_the_saved_config_is_the_same_run(tmp_path: Path) -> None:
-    cfg = RunConfig.from_file(TOY, ["dim=16", "optim.lr=1e-5", "model.part.kind='${literal}'", "+literal='1e-5'", "ema={decay: 0.99}"])
+    cfg = RunConfig.from_file(
+        TOY, ["dim=16", "optim.lr=1e-5", "model.part.kind='${literal}'", "+literal='1e-5'", "ema={decay: 0.99}"]
+    )
     cfg.save(tmp_path)
     again = RunConfig.from_file(tmp_path / "config.yaml")
     assert again == cfg and again.to_dict() == cfg.to_dict()
@@ -113,9 +116,17 @@ def test_a_users_own_folder(tmp_path: Path) -> None:
     assert cfg.model["trunk"]["dim"] == 64 and cfg.run.name == "my" and cfg.run.imports == [str(tmp_path)]
     assert str(shipped_configs().name) in cfg.origins["model.trunk.num_layers"]
     assert type(next(m for m in cfg.instantiate("model").modules() if "MLP" in type(m).__name__)).__name__ == "MyMLP"
-    # relaunched from its saved config, in a process that has never heard of the folder
-    cfg.save(tmp_path / "runs" / "my")
-    code = f"from l3m_like.config import RunConfig as R; print(R.from_file({str(tmp_path / 'runs/my/config.yaml')!r}).run.imports)"
+    sys.path.remove(str(tmp_path))
+
+
+def test_a_saved_run_finds_the_users_modules(tmp_path: Path) -> None:
+    """Relaunched from its saved config, in a process that has never heard of the folder."""
+    for file in ("toy.yaml", "toy_blocks.py"):
+        (tmp_path / file).write_text((TOY.parent / file).read_text())
+    RunConfig.from_file(tmp_path / "toy.yaml").save(tmp_path / "runs" / "my")
+    code = (
+        f"from l3m_like.config import RunConfig as R; print(R.from_file({str(tmp_path / 'runs/my/config.yaml')!r}).run.imports)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.strip() == str([str(tmp_path)]), out.stderr
     sys.path.remove(str(tmp_path))
@@ -139,7 +150,7 @@ def test_from_python() -> None:
     tree = cfg.to_dict()
     assert RunConfig.of(cfg) is cfg and RunConfig.of(TOY) == cfg
     assert RunConfig.of(tree | {"steps": "${batch.global}"}).steps == 4
-    with pytest.raises(UserError, match="optmi = .* (given in Python).*'optim'".replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(UserError, match=r"optmi\.lr = 3 \(given in Python\).*'optim'"):
         RunConfig.of(tree | {"optmi": {"lr": 3}})
 
 
@@ -169,7 +180,12 @@ def test_what_may_change_in_a_continued_run() -> None:
     saved = RunConfig.from_file(TOY)
     same = ["steps=99", "log.every=1", "parallel.tp=2", "batch.micro=2", "data.workers=3", "checkpoint.every=1"]
     assert first_difference(saved, RunConfig.from_file(TOY, same)) is None
-    for override, path in {"optim.lr=1": "optim.lr", "batch.global=8": "batch.global", "data.lanes=2": "data.lanes", "seed=1": "seed"}.items():
+    for override, path in {
+        "optim.lr=1": "optim.lr",
+        "batch.global=8": "batch.global",
+        "data.lanes=2": "data.lanes",
+        "seed=1": "seed",
+    }.items():
         assert first_difference(saved, RunConfig.from_file(TOY, [override]))[0] == path  # type: ignore[index]
     fewer = first_difference(saved, RunConfig.from_file(TOY, ["model.parts.list=[]"]))
     assert fewer is not None and fewer[0].startswith("model.parts.list")
@@ -197,7 +213,12 @@ def test_importing_the_package_is_light() -> None:
     loaded = out.stdout.split()
     heavy = {"torch", "numpy", "hydra", "omegaconf", "yaml", "transformers", "timm", "wandb", "PIL"}
     assert not heavy & {name.split(".")[0] for name in loaded}
-    assert [name for name in loaded if name.startswith("l3m_like")] == ["l3m_like", "l3m_like.config", "l3m_like.core", "l3m_like.core.lazy"]
+    assert [name for name in loaded if name.startswith("l3m_like")] == [
+        "l3m_like",
+        "l3m_like.config",
+        "l3m_like.core",
+        "l3m_like.core.lazy",
+    ]
     # and reading a config needs no torch before a constructor does
     code = "import sys; from l3m_like.config.run_config import RunConfig; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

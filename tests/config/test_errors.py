@@ -90,7 +90,7 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
         ("defaults: [toy]\nsteps: 1\nsteps: 2\n", ["mine.yaml", "duplicate key"]),
         ("- a\n- b\n", ["mine.yaml", "mapping"]),
         ("defaults: [toy]\nrun: {nmae: x}\n", ["run.nmae = 'x'", "mine.yaml:2", "Did you mean 'name'?"]),
-        ("defaults: [toy]\nema: {decay: ???}\n", ["ema.decay = ???", "mine.yaml:2", "must be given"]),
+        ("defaults: [toy]\nema: {decay: '???'}\n", ["ema.decay = ???", "mine.yaml:2", "must be given"]),
     ],
 )
 def test_file(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -134,9 +134,15 @@ def test_debug_gives_the_trace(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_right_forms_pass() -> None:
     """The twins of the errors above: what they tell the user to write is accepted."""
-    cfg = RunConfig.from_file(TOY, ["optim.clip=null", "parallel.precision=bf16", "steps=null", "tokens=1e9", "+seed=3", "log.wandb={}"])
+    cfg = RunConfig.from_file(
+        TOY, ["optim.clip=null", "parallel.precision=bf16", "steps=null", "tokens=1e9", "+seed=3", "log.wandb={}"]
+    )
     assert (cfg.optim.clip, cfg.tokens, cfg.seed) == (None, 10**9, 3) and isinstance(cfg.tokens, int)
     assert cfg.log.wandb is not None and cfg.log.wandb.project == "l3m-like"
     cfg = RunConfig.from_file(TOY, ["parallel.checkpoint=2", "optim.groups.trunk.params=trunk.*", "updates.gen.optim.lr=1"])
-    assert cfg.parallel.checkpoint == 2 and cfg.optim.groups["trunk"] == {"params": ["trunk.*"], "lr_scale": 1.0, "weight_decay": None}
+    assert cfg.parallel.checkpoint == 2 and cfg.optim.groups["trunk"] == {
+        "params": ["trunk.*"],
+        "lr_scale": 1.0,
+        "weight_decay": None,
+    }
     assert cfg.updates["gen"].settings(cfg.optim).lr == 1.0 and cfg.updates["gen"].settings(cfg.optim).betas == [0.9, 0.99]

@@ -31,32 +31,32 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     return {kind: save_run(folder / kind, kind) for kind in ("llm", "sit")}
 
 
-def sampled(run: Path, axes: dict[str, int], ema: bool, settings: dict):
+def sampled(run: Path, axes: dict[str, int], ema: bool, calls: list[dict]) -> list:
+    """On every rank: the run on a mesh of ``axes``, then one ``generate`` for each of ``calls``."""
     loaded = load(run, ema=ema, mesh=build_mesh(axes))
-    samples = loaded.generate(**settings)
-    return samples.images if hasattr(samples, "images") else (samples.tokens, samples.texts)
+    made = [loaded.generate(**settings) for settings in calls]
+    return [samples.images if hasattr(samples, "images") else (samples.tokens, samples.texts) for samples in made]
 
 
-@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}, {"dp_replicate": 2, "dp_shard": 1}], ids=str)
-@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize(
+    ("axes", "ema"), [({"dp_shard": 2}, False), ({"tp": 2}, True), ({"dp_replicate": 2, "dp_shard": 1}, True)], ids=str
+)
 def test_images_on_a_mesh(runs, axes, ema) -> None:
     expected = load(runs["sit"], ema=ema).generate(**IMAGES).images
-    for found in on_ranks(2, sampled, runs["sit"], axes, ema, IMAGES):
+    for (found,) in on_ranks(2, sampled, runs["sit"], axes, ema, [IMAGES]):
         assert found.dtype == torch.float64 and float((found - expected).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}], ids=str)
-@pytest.mark.parametrize("settings", [{}, {"batch": 1}, {"cache": False}, {"stop": True}], ids=str)
-def test_texts_on_a_mesh(runs, axes, settings) -> None:
-    """With three prompts of unequal length, two ranks need different numbers of rows and steps."""
-    settings = TEXTS | settings
-    if "stop" in settings:  # what the first row says after three tokens
-        settings["stop"] = [load(runs["llm"]).generate(**TEXTS).texts[0][2]]
-    expected = load(runs["llm"]).generate(**settings)
-    for tokens, texts in on_ranks(2, sampled, runs["llm"], axes, False, settings):
-        assert tokens == expected.tokens and texts == expected.texts
-    if settings.get("stop"):
-        assert len({len(tokens) for tokens in expected.tokens}) > 1
+def test_texts_on_a_mesh(runs, axes) -> None:
+    """With three prompts of unequal length, two ranks need different numbers of rows and, with `stop`, of steps."""
+    here = load(runs["llm"])
+    stop = here.generate(**TEXTS).texts[0][2]  # what the first row says after three tokens
+    calls = [TEXTS | more for more in ({}, {"batch": 1}, {"cache": False}, {"stop": [stop]})]
+    expected = [(samples.tokens, samples.texts) for samples in (here.generate(**settings) for settings in calls)]
+    assert len({len(tokens) for tokens in expected[-1][0]}) > 1
+    for found in on_ranks(2, sampled, runs["llm"], axes, False, calls):
+        assert found == expected
 
 
 def sampled_in_training(run: Path, broken: bool) -> tuple[list[torch.Tensor], bool]:

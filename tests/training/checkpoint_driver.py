@@ -1,7 +1,7 @@
-"""Runs small trainings in forked processes and kills them; test_checkpoint.py starts it and reads its answer.
+"""Runs small trainings in forked processes and kills them; test_checkpoint.py starts it and talks to it.
 
-``python checkpoint_driver.py FOLDER < jobs.json > results.json``. A job is a list of launches of one run directory. One process
-imports torch and forks all ranks of all launches, so that a launch costs a fraction of a second.
+``python checkpoint_driver.py FOLDER`` reads a job (JSON) per line of its input and answers with a line. A job is a list of
+launches of one run directory. One process imports torch and forks all ranks, so that a launch costs a fraction of a second.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def train(rank: int, world: int, run_dir: Path, launch: dict) -> dict:
     if (found := checkpointer.resume(tensors)) is not None:
         step = found[1]["step"]
         assert step == found[0]
+    checkpointer.clean()
     resumed = step
     log = MetricsLog(run_dir, is_main=rank == 0, resume_step=step)
     saves = 0
@@ -133,7 +134,6 @@ def run(run_dir: Path, launch: dict) -> list[int]:
 
 
 def do(folder: Path, job: dict) -> dict:
-    began = time.monotonic()
     run_dir = folder / job["name"]
     run_dir.mkdir()
     launches = []
@@ -149,12 +149,11 @@ def do(folder: Path, job: dict) -> dict:
     return {
         "launches": launches,
         "metrics": metrics.read_text() if metrics.exists() else "",
-        "seconds": round(time.monotonic() - began, 2),
         "left": sorted(path.name for path in (run_dir / "checkpoints").glob("*")),
     }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    answers = {job["name"]: do(Path(sys.argv[1]), job) for job in json.load(sys.stdin)}
-    json.dump(answers, sys.stdout)
+    for line in sys.stdin:
+        print(json.dumps(do(Path(sys.argv[1]), json.loads(line))), flush=True)

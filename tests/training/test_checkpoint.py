@@ -115,6 +115,7 @@ def test_nothing_is_unpickled_but_tensors(tmp_path, monkeypatch):
     checkpointer = saved(tmp_path, 3)
     (path_of(tmp_path, 3) / ".metadata").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")  # a pickle that runs a command
     here = blank()
+
     def refuse(*args, **kwargs):
         raise AssertionError("pickle.load on a load path")
 
@@ -271,6 +272,18 @@ def test_the_only_checkpoint_is_never_rewritten_by_the_process_that_holds_it(tmp
     assert (path_of(tmp_path, 10) / "COMMITTED").stat().st_mtime_ns == before
 
 
+def test_cleaning_finishes_what_a_kill_left(tmp_path):
+    saved(tmp_path, 10, 20, 30)
+    (path_of(tmp_path, 10) / "COMMITTED").unlink()  # pruning half done
+    (tmp_path / "latest").write_text("20\n")  # killed between the marker of 30 and `latest`
+    path_of(tmp_path, 40).mkdir()
+    reader = Checkpointer(tmp_path, keep_last=1)
+    reader.load(20, blank())
+    assert path_of(tmp_path, 10).exists() and path_of(tmp_path, 40).exists()  # a live run may be saving there
+    reader.clean()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000020", "step_00000030"]
+
+
 def test_a_failed_save_is_raised_and_leaves_the_last_one(tmp_path, monkeypatch):
     checkpointer = saved(tmp_path, 10)
 
@@ -318,98 +331,96 @@ def test_order_of_a_save(tmp_path):
 POINTS = ("mid_step", *checkpoint.POINTS)
 
 
-def jobs() -> list[dict]:
-    middle = {"point": "mid_write", "ranks": [0]}
-    out = [
-        {"name": "whole_1", "launches": [{"world": 1}]},
-        {"name": "whole_2", "launches": [{"world": 2}]},
-        {"name": "again", "launches": [{"world": 2}, {"world": 2}]},
-        {"name": "fault", "launches": [{"world": 1, "kill": middle, "fault": True}, {"world": 1}]},
-        {"name": "blocking", "launches": [{"world": 2, "asynchronous": False, "kill": middle}, {"world": 2}]},
-        {"name": "mesh_2_3", "launches": [{"world": 2, "kill": {"point": "during_pruning", "ranks": [0, 1]}}, {"world": 3}]},
-        {"name": "mesh_3_1", "launches": [{"world": 3, "kill": {"point": "mid_step", "ranks": [2]}}, {"world": 1}]},
-    ]
-    for point in POINTS:
-        for ranks in ((0,), (1,), (0, 1)):
-            kill = {"point": point, "ranks": list(ranks)}
-            name = f"{point}_2_{'all' if len(ranks) == 2 else ranks[0]}"
-            out.append({"name": name, "launches": [{"world": 2, "kill": kill}, {"world": 2}]})
-        out.append({"name": f"{point}_1", "launches": [{"world": 1, "kill": {"point": point, "ranks": [0]}}, {"world": 1}]})
-    for number in range(10):
-        world = 1 + number % 2
-        kill = {"world": world, "random": number, "within": 0.3 * world, "sleep": 0.02}
-        out.append({"name": f"random_{number}", "launches": [kill, {"world": world}]})
-    return out
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """``do(name, *launches)``: run a job, and return what became of it."""
+    process = subprocess.Popen(
+        [sys.executable, str(DRIVER), str(tmp_path_factory.mktemp("kills"))],
+        env=os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def do(name: str, *launches: dict) -> dict:
+        process.stdin.write(json.dumps({"name": name, "launches": launches}) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield do
+    process.stdin.close()
+    process.wait()
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> dict[str, dict]:
-    root = Path(checkpoint.__file__).parents[2]
-    everything, out = jobs(), {}
-
-    def drive(some: list[dict]) -> None:
-        process = subprocess.run(
-            [sys.executable, str(DRIVER), str(tmp_path_factory.mktemp("kills"))],
-            input=json.dumps(some),
-            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=True,
-        )
-        out.update(json.loads(process.stdout))
-
-    # two drivers side by side: most of a job is waiting
-    threads = [threading.Thread(target=drive, args=(everything[number::2],)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert set(out) == {job["name"] for job in everything}
-    return out
+def whole(driver) -> dict:
+    """The run that nothing interrupts."""
+    return driver("whole", {"world": 1})
 
 
-def check(answer: dict, reference: dict) -> None:
+def check(answer: dict, whole: dict) -> None:
     """The last launch ended well, and the run shows one history: the uninterrupted one, bitwise."""
     assert set(answer["launches"][-1]["codes"]) == {0}, answer["launches"][-1]["log"]
-    assert answer["metrics"] == reference["metrics"]
+    assert answer["metrics"] == whole["metrics"]
     assert answer["left"] == ["latest", "step_00000009"]
 
 
-def test_uninterrupted(answers):
-    rows = [json.loads(line) for line in answers["whole_1"]["metrics"].splitlines()]
+def test_uninterrupted(driver, whole):
+    rows = [json.loads(line) for line in whole["metrics"].splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 10)) and len({row["loss"] for row in rows}) == 9
-    check(answers["whole_2"], answers["whole_1"])
-    check(answers["again"], answers["whole_1"])
-    assert answers["again"]["launches"][1]["resumed"] == 9
+    twice = driver("twice", {"world": 2}, {"world": 2})
+    check(twice, whole)
+    assert [launch["resumed"] for launch in twice["launches"]] == [0, 9]
 
 
-@pytest.mark.parametrize("who", ["1", "2_0", "2_1", "2_all"])
-@pytest.mark.parametrize("point", POINTS)
-def test_kill_at_a_point(answers, point, who):
-    answer = answers[f"{point}_{who}"]
-    killed = [code for code in answer["launches"][0]["codes"] if code == -9]
-    assert killed, answer["launches"][0]
-    check(answer, answers["whole_1"])
+def cases() -> list:
+    """One process, and each and both of two; of the many with one of two, the ones that rank 0 alone decides are for --all."""
+    out = []
+    for point in POINTS:
+        for world, ranks in ((1, [0]), (2, [0]), (2, [1]), (2, [0, 1])):
+            often = len(ranks) == world or point in ("mid_step", "mid_write", "before_marker")
+            name = f"{point}-{'all' if len(ranks) == world else f'rank {ranks[0]}'} of {world}"
+            out.append(pytest.param(point, world, ranks, id=name, marks=() if often else pytest.mark.slow))
+    return out
+
+
+@pytest.mark.parametrize(("point", "world", "ranks"), cases())
+def test_kill_at_a_point(driver, whole, point, world, ranks):
+    kill = {"point": point, "ranks": ranks}
+    answer = driver(f"{point}_{world}_{ranks}", {"world": world, "kill": kill}, {"world": world})
+    assert all(answer["launches"][0]["codes"][rank] == -9 for rank in ranks), answer["launches"][0]
+    check(answer, whole)
     resumed = answer["launches"][1]["resumed"]
-    if who == "2_1" and point not in ("mid_step", "staging", "mid_write"):
+    if ranks == [1] and point in POINTS[3:]:
         assert resumed in (3, 6)  # rank 0 may have gone on
     else:
         assert resumed == (6 if point == "during_pruning" else 3)
 
 
-@pytest.mark.parametrize("number", range(10))
-def test_kill_at_a_random_moment(answers, number):
-    check(answers[f"random_{number}"], answers["whole_1"])
+@pytest.mark.parametrize("number", [pytest.param(n, marks=() if n < 4 else pytest.mark.slow) for n in range(20)])
+def test_kill_at_a_random_moment(driver, whole, number):
+    world = 1 + number % 2
+    kill = {"world": world, "random": number, "within": 0.3 * world, "sleep": 0.02}
+    check(driver(f"random_{number}", kill, {"world": world}), whole)
 
 
-@pytest.mark.parametrize("name", ["mesh_2_3", "mesh_3_1", "blocking"])
-def test_kill_and_relaunch_on_another_mesh_or_blocking(answers, name):
-    assert -9 in answers[name]["launches"][0]["codes"]
-    check(answers[name], answers["whole_1"])
-    assert answers[name]["launches"][1]["resumed"] == (6 if name == "mesh_2_3" else 3)
+@pytest.mark.parametrize(
+    ("name", "launches"),
+    [
+        ("2 to 3", [{"world": 2, "kill": {"point": "during_pruning", "ranks": [0, 1]}}, {"world": 3}]),
+        ("3 to 1", [{"world": 3, "kill": {"point": "mid_step", "ranks": [2]}}, {"world": 1}]),
+        ("blocking", [{"world": 2, "asynchronous": False, "kill": {"point": "mid_write", "ranks": [1]}}, {"world": 2}]),
+    ],
+)
+def test_relaunch_on_another_mesh_or_blocking(driver, whole, name, launches):
+    answer = driver(name, *launches)
+    assert -9 in answer["launches"][0]["codes"]
+    check(answer, whole)
+    assert answer["launches"][1]["resumed"] == (6 if name == "2 to 3" else 3)
 
 
-def test_planted_fault_a_marker_before_the_data_is_caught(answers):
+def test_planted_fault_a_marker_before_the_data_is_caught(driver, whole):
+    fault = {"world": 1, "kill": {"point": "mid_write", "ranks": [0]}, "fault": True}
+    answer = driver("fault", fault, {"world": 1})
     with pytest.raises(AssertionError):
-        check(answers["fault"], answers["whole_1"])
+        check(answer, whole)

@@ -1,0 +1,54 @@
+"""Starting weights from another run's checkpoint, straight into the sharded model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from l3m_like.core.errors import UserError
+from l3m_like.core.meta_model import Frozen
+from l3m_like.training.checkpoint import Checkpointer
+
+
+def find_checkpoint(where: str, setting: str) -> tuple[Path, int]:
+    """``(checkpoints folder, step)`` of a run's directory (its newest) or of one checkpoint folder in it.
+
+    Raises:
+        UserError: there is no checkpoint there.
+    """
+    path = Path(where).expanduser()
+    one = re.fullmatch(r"step_(\d+)", path.name)
+    if one:
+        return path.parent, int(one[1])
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not folder.is_dir():
+        raise UserError(f"{setting} = {where}: no such folder. Name a run's directory, or a folder checkpoints/step_... in it.")
+    step = Checkpointer(folder).latest()
+    if step is None:
+        raise UserError(f"{setting} = {where}: there is no whole checkpoint in {folder}.")
+    return folder, step
+
+
+def load_weights(model: nn.Module, where: str, *, strict: bool, ema: bool = False) -> None:
+    """Fill the (materialised, sharded) parameters of ``model`` from a checkpoint of another run, on any mesh.
+
+    Args:
+        where: a run's directory, or one of its checkpoint folders.
+        strict: every parameter must be there; otherwise those that are not there keep the values that they have.
+    """
+    folder, step = find_checkpoint(where, "init.from")
+    prefix = "ema" if ema else "model"
+    tensors: dict[str, Any] = {f"{prefix}/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    checkpointer = Checkpointer(folder)
+    if not strict:
+        stored = checkpointer.names(step)
+        tensors = {name: tensor for name, tensor in tensors.items() if name in stored}
+        if not tensors:
+            raise UserError(f"init.from = {where}: none of the model's parameters is there.")
+    checkpointer.load(step, tensors, partial=True)
+    for module in model.modules():
+        if isinstance(module, Frozen):
+            module.loaded_from = where
