@@ -6,6 +6,7 @@ collective that would never return.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -17,8 +18,10 @@ from typing import Any
 
 from l3m_like.core.errors import UserError
 
-#: seconds between two looks at the store, and until a rank that is told of a failure elsewhere is ended
-LOOK_S, GRACE_S = 0.5, 5.0
+#: seconds between two looks at the store, and that a rank which is told of a failure elsewhere has to end by itself
+LOOK_S, GRACE_S = 0.5, 1.0
+#: seconds that rank 0, which may host the store, waits for the others to leave
+LEAVE_S = 5.0
 #: seconds that other ranks leave rank 0 to report the same failure
 FIRST_S = 1.0
 
@@ -102,12 +105,14 @@ class Failures:
                 return
             if failed:
                 if not self._over.wait(GRACE_S):
-                    self._end()
+                    self._end(self._watched)
                 return
 
     def close(self) -> None:
-        """The work is done: stop watching."""
+        """The work is done: stop watching, and leave together."""
         self._over.set()
+        if self._store is not None:
+            self._leave(self._store)
 
     def fail(self, error: BaseException) -> int:
         """Report ``error`` unless another rank did, and end this process (one of several) or return its exit code."""
@@ -117,8 +122,8 @@ class Failures:
             return 1
         if self._first():
             self._print(error)
-        self._end()
-        return 1  # only a test's fake _end gets here
+        self._end(self._store)
+        return 1
 
     def _first(self) -> bool:
         """Whether this rank is to print: rank 0 if it failed too, else whoever comes first."""
@@ -149,8 +154,17 @@ class Failures:
         if words is not None:
             words()
 
-    def _end(self) -> None:
+    def _leave(self, store: Any) -> None:
+        """Rank 0 goes last: a store that vanishes makes the others' clients print warnings."""
+        with contextlib.suppress(Exception):
+            store.add("left", 1)
+            until = time.monotonic() + LEAVE_S
+            while self.rank == 0 and store.add("left", 0) < self.world_size and time.monotonic() < until:
+                time.sleep(0.05)
+
+    def _end(self, store: Any) -> None:
         self._speak()
+        self._leave(store)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # an orderly exit would wait for collectives that never return

@@ -156,7 +156,7 @@ class Autoregressive:
         return f"{self.stream}_{port}"
 
     def _check(self, graph: Inference) -> None:
-        caches = [(path, block.reads["cache"]) for path, block in graph.blocks if hasattr(block, "make_cache")]
+        caches = [(path, block.reads["cache"]) for path, block in graph.cached]
         if self.cache and not caches:
             raise UserError("Autoregressive: no block of this model makes a key/value cache; say cache: false.")
         for number, (path, key) in enumerate(caches):
@@ -181,11 +181,8 @@ class Autoregressive:
         documents = torch.where(place < padding, -1, 0).to(torch.int32).to(graph.device)
         positions = (place - padding).clamp(min=0).to(graph.device)
         ids, row = ids.to(graph.device), torch.tensor(rows, device=graph.device)
-        caches = {
-            block.reads["cache"]: block.make_cache(len(prompts), total, graph.device)
-            for _, block in graph.blocks
-            if self.cache and hasattr(block, "make_cache")
-        }
+        cached = graph.cached if self.cache else []
+        caches = {block.reads["cache"]: block.make_cache(len(prompts), total, graph.device) for _, block in cached}
         end = process.end_id if self.end and process is not None else None
         finished = torch.full((len(prompts),), not count, device=graph.device)
         start = 0

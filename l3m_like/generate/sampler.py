@@ -61,6 +61,8 @@ class Inference:
             for name, graph in self.graphs.items()
             for step in graph.steps
         ]
+        #: of these, the blocks that make a key/value cache
+        self.cached: list[tuple[str, Any]] = [(path, block) for path, block in self.blocks if hasattr(block, "make_cache")]
         parameter = next(model.parameters())
         self.device = parameter.device
         self.dtype = parameter.dtype

@@ -220,8 +220,8 @@ class Checkpointer:
             if not (self.directory / _name(step) / MARKER).exists():
                 log.warning("removing %s, which a save that was cut short left behind", self.directory / _name(step))
                 _remove(self.directory / _name(step))
-        if (step := _newest(self.directory)) is not None:
-            self._prune(step)
+        if (newest := _newest(self.directory)) is not None:
+            self._prune(newest)
         self._swept = True
 
     def _make_room(self, path: Path) -> None:

@@ -120,19 +120,17 @@ def load(
         model.double()
     saved_dtypes = {name: tensor.dtype for name, tensor in _tensors(model).items()}
     parts = parts_of(model)
-    if mesh is None:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")) if mesh is None else mesh.device
     for name, part in parts.items():
         specs = init_specs(part)
         if mesh is not None:
-            device = mesh.device
             for _, block in part.blocks():
                 block.bind(mesh)
             parallelize(part, mesh, precision=PRECISIONS[kind] if kind is not None else cfg.parallel.precision)
         elif kind is not None:
             part.to(kind)
         part.retie()  # a change of dtype on the meta device parts what is tied
-        materialize(part, device)
+        materialize(part, chosen)
         if checkpoints is None:
             initialize(part, cfg.seed, f"{name}." if name else "", specs)
         part.eval()

@@ -35,7 +35,7 @@ COMMAND_LINE_ERRORS = {
     "optim.lr='1e-3'": ["optim.lr = '1e-3'", "Write it without quotes"],
     "steps=2.5": ["steps = 2.5", "a whole number or null is needed"],
     "steps=0": ["steps = 0", "at least 1"],
-    "epochs=2": ["steps = 4", "toy.yaml:5", "epochs = 2.0 (command line)", "steps=null"],
+    "epochs=2": ["steps = 4", "toy.yaml:5", "epochs = 2 (command line)", "steps=null"],
     "optim.clip=0": ["optim.clip = 0", "multiply every gradient by 0", "null"],
     "parallel.precision=fp16": ["parallel.precision = 'fp16'", "loss scaler", "bf16"],
     "parallel.precision=bf61": ["parallel.precision = 'bf61'", "Did you mean 'bf16'?"],

@@ -7,6 +7,7 @@ rank order. A task that raises on any rank fails the test with that rank's trace
 from __future__ import annotations
 
 import atexit
+import importlib
 import multiprocessing
 import os
 import tempfile
@@ -14,6 +15,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+IMPORTED = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "l3m_like.training.train")
 
 _pools: dict[int, Pool] = {}
 
@@ -45,6 +48,8 @@ class Pool:
     """``world_size`` processes in one process group."""
 
     def __init__(self, world_size: int) -> None:
+        for name in IMPORTED:  # seconds each: once here, not in every fork
+            importlib.import_module(name)
         context = multiprocessing.get_context("fork")
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")

@@ -1,15 +1,17 @@
 """Real trainings, recorded: ``recorded(...)`` runs ``train()`` on every rank of a pool and hands back what it did.
 
-What runs is the loop itself. The recorder only looks on (and, for the twin of each test, plants one fault): it perturbs the
-weights before the first step, and keeps the gradients that the optimizer would see, before clipping.
+What runs is the loop itself. The recorder looks on, perturbs the weights before the first step, and, for the twin of a test,
+lets one fault be planted.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,24 +23,36 @@ from torch import Tensor, nn
 from tests.distributed import pool
 
 ROOT = Path(__file__).parents[2]
+Fault = Callable[[], AbstractContextManager[Any]]
 
-#: two layers of either experiment, with QK-norm, biases, grouped heads (and, for llm, tied embeddings) on
+_SIZE = ["dim=16", "layers=2", "heads=4", "batch={global: 8, micro: null}"]
+#: both experiments, two layers: QK-norm, biases, grouped heads and (llm) tied embeddings are on
 TINY = {
     "llm": [
-        *("dim=32", "layers=2", "heads=4", "kv_heads=2", "head_dim=8", "mlp_dim=48", "sequence=48"),
-        *("model.trunk.layer.mixer.bias=true", "batch={global: 8, micro: null}", "data.train.pack.max_documents=2"),
+        *(*_SIZE, "kv_heads=2", "head_dim=8", "mlp_dim=24", "sequence=32"),
+        *("model.trunk.layer.mixer.bias=true", "data.train.pack.max_documents=2"),
     ],
     "sit": [
-        *("dim=32", "layers=2", "heads=4", "patch=7", "batch={global: 8, micro: null}"),
+        *(*_SIZE, "patch=7", "image_size=14"),
         *("model.trunk.layer.mixer.qk_norm=true", "model.trunk.layer.mixer.num_kv_heads=2"),
     ],
-    # as shipped: without QK-norm
-    "sit_shipped": ["dim=32", "layers=2", "heads=4", "patch=7", "batch={global: 8, micro: null}"],
+    # as it is shipped: without QK-norm
+    "sit_shipped": [*_SIZE, "patch=7", "image_size=14"],
 }
-SHORT = [
-    *("steps=3", "evals={}", "log.every=1", "log.console=false", "checkpoint.every=null", "optim.clip=1.0", "schedule.warmup=0"),
-    *("data.prefetch=0", "parallel.precision=fp64"),
-]
+_PICTURES = {
+    "data.sets.train.source": {"_target_": "tests.distributed.toys.Pictures"},
+    "data.sets.train.process": {"_target_": "tests.distributed.toys.AsPicture"},
+}
+DATA = {
+    "llm": {"data.sets.train.source": {"_target_": "tests.distributed.toys.Texts"}},
+    "sit": _PICTURES,
+    "sit_shipped": _PICTURES,
+}
+#: three steps in float64, with clipping, weight decay and a schedule that moves; a line per step
+SHORT = {
+    **{"steps": 3, "evals": {}, "log.every": 1, "log.console": False, "checkpoint.every": None, "data.prefetch": 0},
+    **{"parallel.precision": "fp64", "schedule.warmup": 0},
+}
 
 
 @dataclass
@@ -46,14 +60,15 @@ class Record:
     """One rank's view of a run; tensors are whole, whatever the mesh."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)  # as initialised
-    gradients: list[dict[str, Tensor]] = field(default_factory=list)  # per step, before clipping
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)  # per optimizer step, before clipping
+    norms: list[Tensor] = field(default_factory=list)  # likewise
     final: dict[str, Tensor] = field(default_factory=dict)  # weights after the last step
-    draws: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (key, row) -> what a block drew for that row
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl (rank 0)
+    draws: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (key, row) -> what a block wrote for that row
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
+    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each update's optimizer, after the last step
 
-    @property
-    def losses(self) -> list[float]:
-        return [row["loss"] for row in self.rows if "loss" in row]
+    def column(self, name: str) -> list[Any]:
+        return [row[name] for row in self.rows if name in row]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -63,14 +78,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def perturb(parameters: dict[str, nn.Parameter]) -> None:
-    """Add N(0, 0.1) to every weight: no zero-initialised layer hides what is behind it. The same on every mesh."""
+def perturb(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Add N(0, 0.1) to every weight, so that no zero-initialised layer hides what is behind it. The same on every mesh."""
     from l3m_like.core.init import Normal
     from l3m_like.distributed.gradients import local
     from l3m_like.training.init import shard_index
 
     for name, p in parameters.items():
-        local(p).add_(Normal(0.1).draw(1, f"perturb/{name}", shard_index(p), tuple(p.shape)).to(p.dtype))
+        if p.numel():
+            local(p).add_(Normal(0.1).draw(1, f"perturb/{name}", shard_index(p), tuple(p.shape)).to(p.dtype))
 
 
 @contextmanager
@@ -78,67 +94,102 @@ def recording(into: Record, drawn: Sequence[str] = ()) -> Iterator[None]:
     """Watch the one run that is made inside. ``drawn``: keys whose values are kept per row."""
     from l3m_like.training import updates
 
-    prepare, norm, forward_backward = updates.Update.prepare, updates.gradient_norm, updates.Update.forward_backward
+    prepare, norm = updates.Update.prepare, updates.gradient_norm
+    made: list[Any] = []
     parameters: dict[str, nn.Parameter] = {}
 
     def prepare_and_perturb(self: Any, mesh: Any, guard: Any) -> None:
         into.weights |= {name: whole(p) for name, p in self.parameters.items()}
         perturb(self.parameters)
         parameters.update(self.parameters)
-        for part in self.parts.values():
+        made.append(self)
+        for part in self.parts.values() if drawn else ():
             for _, block in part.blocks():
                 block.register_forward_hook(watch)
         prepare(self, mesh, guard)
 
     def watch(block: Any, args: Any, out: dict[str, Tensor]) -> None:
         for key in set(drawn) & set(block.writes.values()):
-            for row, value in zip(out["row"].tolist(), out[key], strict=True):
-                into.draws[key, row] = value.clone()
+            into.draws |= {(key, row): value.clone() for row, value in zip(out["row"].tolist(), out[key], strict=True)}
 
     def recorded_norm(gradients: Any) -> Tensor:
         into.gradients.append({name: whole(p.grad) for name, p in parameters.items() if p.grad is not None})
-        return norm(gradients)
+        value = norm(gradients)
+        into.norms.append(value.clone())
+        return value
 
-    with mock.patch.multiple(updates.Update, prepare=prepare_and_perturb, forward_backward=forward_backward):
-        with mock.patch.object(updates, "gradient_norm", recorded_norm):
-            yield
+    with (
+        mock.patch.object(updates.Update, "prepare", prepare_and_perturb),
+        mock.patch.object(updates, "gradient_norm", recorded_norm),
+        mock.patch("l3m_like.training.report.write_report", lambda *args: None),  # a second of matplotlib
+    ):
+        yield
     into.final = {name: whole(p) for name, p in parameters.items()}
+    into.state = {update.name: {k: whole(v) for k, v in update.optimizer.named_state().items()} for update in made}
 
 
-def run_one(cfg: Any, fault: Callable[[], Any] | None, drawn: Sequence[str]) -> Record:
-    """On one rank: ``train(cfg)``, recorded. ``fault()``: a context manager that breaks something meanwhile."""
+def run_one(cfg: Any, fault: Fault | None = None, drawn: Sequence[str] = ()) -> Record:
+    """On one rank: ``train(cfg)``, recorded, with a fault if there is one."""
     from l3m_like.training.train import train
 
     record = Record()
-    with ExitStack() as stack:
-        stack.enter_context(recording(record, drawn))
-        if fault is not None:
-            stack.enter_context(fault())
+    with fault() if fault is not None else nullcontext(), recording(record, drawn):
         train(cfg)
-    metrics = cfg.run_dir / "metrics.jsonl"
-    record.rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if int(torch.distributed.get_rank()) == 0:
+        record.rows = [json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()]
     return record
 
 
-def config(name: str, settings: Sequence[str] = ()) -> Any:
-    """The shipped experiment, tiny, for three steps in float64, with ``settings`` over it."""
+@functools.cache
+def _experiment(name: str) -> Any:
     from l3m_like.config import RunConfig
 
-    file = ROOT / "configs" / "experiment" / f"{name.partition('_')[0]}.yaml"
-    return RunConfig.from_file(file, [*TINY[name], *SHORT, *settings])
+    cfg = RunConfig.from_file(ROOT / "configs" / "experiment" / f"{name.partition('_')[0]}.yaml", TINY[name])
+    return change(cfg, SHORT | DATA[name])
 
 
-def recorded(
-    world_size: int,
-    name: str,
-    settings: Sequence[str] = (),
-    *,
-    fault: Callable[[], Any] | None = None,
-    drawn: Sequence[str] = (),
-    timeout: float = 55.0,
-) -> list[Record]:
-    """``train()`` of ``config(name, settings)`` on ``world_size`` processes: one record per rank."""
+def change(cfg: Any, settings: Mapping[str, Any]) -> Any:
+    """``cfg`` with sections' values changed by their dotted names; much faster than composing it anew."""
+    for path, value in settings.items():
+        owner = cfg
+        *above, leaf = path.split(".")
+        for part in above:
+            owner = owner[part] if isinstance(owner, dict) else getattr(owner, part)
+        if isinstance(owner, dict):
+            owner[leaf] = value
+        else:
+            assert hasattr(owner, leaf), path
+            setattr(owner, leaf, value)
+    return cfg
+
+
+def experiment(name: str, **settings: Any) -> Any:
+    """The shipped experiment, tiny, for three steps in float64; ``tp``, ``dp_shard`` ... and ``micro`` over it."""
+    return change(copy.deepcopy(_experiment(name)), {path_of(key): value for key, value in settings.items()})
+
+
+def path_of(setting: str) -> str:
+    """``tp`` -> ``parallel.tp``: the short names that tests use."""
+    parallel = ("dp_shard", "dp_replicate", "tp", "precision", "checkpoint", "compile")
+    return {"micro": "batch.micro", **{name: f"parallel.{name}" for name in parallel}}.get(setting, setting)
+
+
+def world_size(settings: Mapping[str, Any]) -> int:
+    return settings.get("dp_shard", 1) * settings.get("dp_replicate", 1) * settings.get("tp", 1)
+
+
+def recorded(cfg: Any, world: int, *, fault: Fault | None = None, drawn: Sequence[str] = (), timeout: float = 55.0) -> list[Record]:
+    """``train(cfg)`` on ``world`` processes, in a folder of its own: one record per rank."""
     with tempfile.TemporaryDirectory() as folder:
-        cfg = config(name, settings)
         cfg.run.dir = folder
-        return pool.run(world_size, run_one, cfg, fault, tuple(drawn), timeout=timeout)
+        return pool.run(world, run_one, cfg, fault, tuple(drawn), timeout=timeout)
+
+
+@functools.cache
+def _trained(name: str, settings: tuple[tuple[str, Any], ...], drawn: tuple[str, ...]) -> list[Record]:
+    return recorded(experiment(name, **dict(settings)), world_size(dict(settings)), drawn=drawn)
+
+
+def trained(name: str, drawn: Sequence[str] = (), **settings: Any) -> list[Record]:
+    """The record of ``experiment(name, **settings)`` without fault, run once per pytest process."""
+    return _trained(name, tuple(sorted(settings.items())), tuple(drawn))

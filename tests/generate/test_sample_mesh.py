@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import os
-import subprocess
-import sys
+import io
 from pathlib import Path
 
 import numpy as np
@@ -142,12 +141,17 @@ def test_script_errors_are_short(runs, capsys, arguments, words) -> None:
     assert printed.startswith("error: ") and words in printed and printed.count("\n") <= 3
 
 
-def test_script_under_torchrun(runs) -> None:
+def printed_on_ranks(arguments: list[str]) -> tuple[int, str]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = script().main(arguments)
+    return status, out.getvalue()
+
+
+def test_script_on_two_processes(runs) -> None:
     expected = load(runs["llm"]).generate(**TEXTS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    settings = ["--parallel", "tp=2", f"prompts={TEXTS['prompts']}", "max_new_tokens=8"]
-    command = [*launch, "run/sample.py", "--run", str(runs["llm"]), *settings]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=55)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(str(expected)) == 1
+    for mesh in ([], ["--parallel", "tp=2"]):
+        arguments = ["--run", str(runs["llm"]), *mesh, f"prompts={TEXTS['prompts']}", "max_new_tokens=8"]
+        (status, printed), (status_1, printed_1) = on_ranks(2, printed_on_ranks, arguments)
+        assert status == status_1 == 0
+        assert str(expected) in printed and printed_1 == ""

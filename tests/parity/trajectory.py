@@ -34,14 +34,14 @@ STEPS = 100
 #: the shipped files, smaller; clipping, decay, averaging and two micro-batches are on in both
 OVERRIDES = {
     "llm": [
-        "dim=64", "layers=2", "mlp_dim=128", "head_dim=16", "sequence=128", "ema.decay=0.98", "optim.weight_decay=0.1",
+        "dim=64", "layers=2", "mlp_dim=128", "head_dim=16", "sequence=64", "lr=1e-3", "ema.decay=0.98", "optim.weight_decay=0.1",
         "batch.global=8", "batch.micro=4", "optim.clip=1.0",
     ],
     "sit": [
         "dim=64", "layers=2", "ema_decay=0.98", "optim.weight_decay=0.1", "batch.global=16", "batch.micro=8", "optim.clip=0.5",
     ],
 }  # fmt: skip
-ALWAYS = [f"steps={STEPS}", "evals={}", "log.console=false", "log.refs=true", "checkpoint.every=null"]
+ALWAYS = [f"steps={STEPS}", "~evals", "log.console=false", "log.refs=true", "checkpoint.every=null"]
 
 
 @dataclass
@@ -189,8 +189,8 @@ def plain(cfg: RunConfig, kind: str, faults: Faults | None = None, steps: int = 
         optimizer.step()
         if not faults.average_first:
             move(average, model, cfg.ema.decay)
-        losses.append(float(loss))
-        norms.append(float(norm))
+        losses.append(loss.item())
+        norms.append(norm.item())
     return Trajectory(losses, norms, *(import_state(names, m.state_dict()) for m in (model, average)))
 
 

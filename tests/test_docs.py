@@ -1,0 +1,53 @@
+"""Every command in the README and the docs runs. Commands for a GPU, a network or a cluster are marked
+``<!-- needs: gpu -->`` on the line before, and are composed with ``--check`` instead."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FENCE = re.compile(r"(?:<!-- needs: (?P<needs>[\w|]+) -->\n)?```bash\n(?P<body>.*?)```", re.DOTALL)
+#: these run in CI of their own, whole
+ELSEWHERE = ("bash run/quickstart.sh", "bash run/test.sh")
+
+
+def commands() -> list[tuple[str, str, str | None]]:
+    found = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in FENCE.finditer(page.read_text()):
+            for line in block["body"].replace("\\\n", " ").splitlines():
+                if line.strip() and not line.lstrip().startswith("#"):
+                    found.append((page.name, line.strip(), block["needs"]))
+    return found
+
+
+def test_commands_are_found() -> None:
+    assert len(commands()) >= 5
+
+
+@pytest.mark.parametrize(("page", "command", "needs"), commands(), ids=lambda value: str(value)[:60])
+def test_command(page: str, command: str, needs: str | None, tmp_path: Path) -> None:
+    if command.startswith(ELSEWHERE):
+        assert (ROOT / command.split()[1]).is_file()
+        return
+    words = shlex.split(command.split(" #")[0])
+    if needs:
+        assert "run/launcher.py" in words, "only a run can be composed instead of executed"
+        at = words.index("run/launcher.py")
+        words = ["python", *words[at:], "--check=model"]
+    elif "run/launcher.py" in words and "--check" not in command and "--help" not in words:
+        words += ["steps=2", "log.every=1", f"run.dir={tmp_path}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    elif words[0] in ("python", "python3"):
+        words[0] = sys.executable
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=58)
+    assert done.returncode == 0, f"{page}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
