@@ -15,7 +15,6 @@ from typing import Any
 from l3m_like.config.compose import find_config
 from l3m_like.config.ranks import Failures, adopt_launcher
 from l3m_like.config.run_config import RunConfig
-from l3m_like.config.run_dir import start_run
 from l3m_like.core.errors import UserError, did_you_mean
 
 FLAGS = ("--config", "--check", "--check=model", "--debug", "--multirun", "--help")
@@ -86,15 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(cfg: RunConfig) -> dict[str, Any]:
-    """Train ``cfg`` in its directory, on all ranks; the final metrics are kept in its `result.json`."""
+    """Train ``cfg`` on all ranks; the final metrics are kept as `result.json` in the run's directory."""
     import l3m_like
     from l3m_like.distributed import mesh
 
-    rank, _ = mesh.init_process_group()
-    folder = start_run(cfg)
     metrics = l3m_like.train(cfg)
+    rank, _ = mesh.init_process_group()
     if rank == 0:
-        (folder / "result.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        (cfg.run_dir / "result.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     return metrics
 
 

@@ -108,7 +108,7 @@ class ReadWriteBlock(nn.Module):
     # ---- the dictionary work ---------------------------------------------------------------------------------------
 
     def key(self, port: str) -> str:
-        """The key that an unmapped ``port`` has in this block's stream; the port ``image`` of the stream ``image`` is ``image``."""
+        """The key of an unmapped ``port`` in this block's stream; the port ``image`` of the stream ``image`` is ``image``."""
         if port in GLOBAL_PORTS or not self.stream or port == self.stream:
             return port
         return f"{self.stream}_{port}"

@@ -159,7 +159,9 @@ class _Nested(ReadWriteBlock):
         if self._only is not None:
             for key in self._only:
                 if key not in written:
-                    raise UserError(f"{type(self).__name__} writes '{key}', which no block inside writes. {did_you_mean(key, written)}")
+                    raise UserError(
+                        f"{type(self).__name__} writes '{key}', which no block inside writes. {did_you_mean(key, written)}"
+                    )
         self._inputs, self._outputs = inputs, self._only if self._only is not None else tuple(written)
         self.ports = dict(inputs)
 
@@ -213,7 +215,9 @@ class Frozen(_Nested):
         random_weights: accept that no weights were loaded; it is printed and stamped into every report.
     """
 
-    def __init__(self, model: Any, *, dtype: str | None = None, random_weights: bool = False, training_only: bool = False) -> None:
+    def __init__(
+        self, model: Any, *, dtype: str | None = None, random_weights: bool = False, training_only: bool = False
+    ) -> None:
         super().__init__(model, training_only=training_only)
         self.random_weights = random_weights
         self.loaded_from: str | None = None  # set by whoever loads the weights
@@ -244,7 +248,12 @@ class Tower(_Nested):
     """
 
     def __init__(
-        self, model: Any, *, dummy: Mapping[str, Iterable[int]], dtypes: Mapping[str, str] | None = None, training_only: bool = False
+        self,
+        model: Any,
+        *,
+        dummy: Mapping[str, Iterable[int]],
+        dtypes: Mapping[str, str] | None = None,
+        training_only: bool = False,
     ) -> None:
         super().__init__(model, training_only=training_only)
         self._dummy = {key: tuple(shape) for key, shape in dummy.items()}

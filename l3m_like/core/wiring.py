@@ -80,7 +80,7 @@ def check_wiring(programs: Sequence[Program], provided: Mapping[str, KeySpec], k
     for number, program in enumerate(programs):
         later = {key for other in programs[number + 1 :] for key in carried[other.name]}
         events = _events(program)
-        available = {key: "the data" for key in provided} | {key: "an earlier update" for key in carried[program.name]}
+        available = dict.fromkeys(provided, "the data") | dict.fromkeys(carried[program.name], "an earlier update")
         for path, block in events:
             _check_reads(path, block, available)
             read_anywhere |= {key for key in block.reads.values() if key in available}
@@ -220,7 +220,16 @@ class Trace:
                 shapes = ", ".join(f"{key} {tuple(data[key].shape)}" for key in reads.values() if isinstance(data[key], Tensor))
                 raise UserError(f"{path} ({type(block).__name__}) fails on {shapes}: {type(error).__name__}: {error}") from error
             writes = {} if path.startswith("loss.") else {k: after[k] for k in block.writes.values()}
-            self.rows.append(TraceRow(program.name, path, type(block).__name__, _shapes({k: data[k] for k in reads.values()}), _shapes(writes), flops))
+            self.rows.append(
+                TraceRow(
+                    program.name,
+                    path,
+                    type(block).__name__,
+                    _shapes({k: data[k] for k in reads.values()}),
+                    _shapes(writes),
+                    flops,
+                )
+            )
             if not path.startswith("loss."):
                 self._ports.append((path, block, reads, ports))
                 data = after

@@ -147,7 +147,9 @@ class Mesh:
 
     def __str__(self) -> str:
         axes = " x ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)
-        return f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {self.device.type} ({axes or 'no parallelism'})"
+        return (
+            f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {self.device.type} ({axes or 'no parallelism'})"
+        )
 
 
 def build_mesh(parallel: Mapping[str, int], device: torch.device | None = None) -> Mesh:

@@ -91,9 +91,9 @@ def apply_tensor_parallel(part: MetaModel, mesh: Mesh) -> None:
                 planned |= {f"{where}.{leaf}" for leaf, _ in target.named_parameters(remove_duplicate=False)}
             else:
                 planned.add(where)
-            if TP_STYLES[style] is not None:
+            if (torch_style := TP_STYLES[style]) is not None:
                 _check_divides(target, style, where, mesh.size("tp"))
-                parallelize_module(module, mesh["tp"], {name: TP_STYLES[style]()})
+                parallelize_module(module, mesh["tp"], {name: torch_style()})
             elif style == "summed":
                 leaves = [f"{name}.{leaf}" for leaf, _ in target.named_parameters()] if isinstance(target, nn.Module) else [name]
                 module.tp_summed = (*getattr(module, "tp_summed", ()), *leaves)  # read by distributed/gradients.py
@@ -113,13 +113,15 @@ def _resolve(module: nn.Module, name: str, path: str) -> nn.Module | nn.Paramete
         return getattr(module.get_submodule(owner), leaf)
     except AttributeError:
         names = [n for n, _ in module.named_modules() if n] + [n for n, _ in module.named_parameters()]
-        raise UserError(f"tp_plan of {path or 'the model'} names '{name}', which it does not have. {did_you_mean(name, names)}") from None
+        where = path or "the model"
+        raise UserError(f"tp_plan of {where} names '{name}', which it does not have. {did_you_mean(name, names)}") from None
 
 
 def _check_divides(target: Any, style: str, where: str, tp: int) -> None:
     size = target.weight.shape[0 if style == "colwise" else 1]
     if size % tp:
-        raise UserError(f"tensor parallel: {where} has {size} {'outputs' if style == 'colwise' else 'inputs'}, not a multiple of parallel.tp {tp}.")
+        what = "outputs" if style == "colwise" else "inputs"
+        raise UserError(f"tensor parallel: {where} has {size} {what}, not a multiple of parallel.tp {tp}.")
 
 
 def _named_units(part: MetaModel) -> Iterator[tuple[str, nn.Module]]:
@@ -134,7 +136,7 @@ def apply_checkpointing(units: list[nn.Module], mode: str | int) -> None:
     every = mode if isinstance(mode, int) else 1
     if mode not in ("full", "selective") and not (isinstance(mode, int) and every >= 1):
         raise UserError(f"parallel.checkpoint is {mode!r}; it is none, full, selective or a number n (every n-th unit).")
-    context = {"context_fn": _selective_context} if mode == "selective" else {}
+    context: dict[str, Any] = {"context_fn": _selective_context} if mode == "selective" else {}
     for unit in units[::every]:
         unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, **context)  # type: ignore[method-assign]
 
@@ -166,3 +168,11 @@ def apply_fsdp(part: MetaModel, units: list[nn.Module], mesh: Mesh, precision: s
             # the loss is already divided by global counts, so gradients are summed over the mesh, and nothing else
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered parameters. A root keeps them after a forward until its backward: if the shards change in between (averaged
+    weights are swapped in or out around an evaluation), its next forward would go on with the old ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -13,12 +13,12 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from l3m_like.core.block import Data, ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.wiring import parts_of
 from l3m_like.distributed.mesh import Mesh, gather_objects
+from l3m_like.distributed.parallelize import reshard
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ def sampling(model: nn.Module, *, eager: bool = False) -> Iterator[Inference]:
         stack.enter_context(torch.no_grad())
         if eager and any(module._compiled_call_impl is not None for module in model.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        _reshard(model)
+        reshard(model)
         for part, _ in modes:
             part.eval()
         try:
@@ -124,15 +124,7 @@ def sampling(model: nn.Module, *, eager: bool = False) -> Iterator[Inference]:
         finally:
             for part, mode in modes:
                 part.train(mode)
-            _reshard(model)
-
-
-def _reshard(model: nn.Module) -> None:
-    """Free gathered parameters. A root that trains keeps them after a forward; if the shards then change (averaged weights
-    are swapped in or out), it would go on with the old ones."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+            reshard(model)
 
 
 def deal(total: int, batch: int, mesh: Mesh | None) -> Iterator[tuple[list[int], bool]]:

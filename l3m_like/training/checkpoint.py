@@ -280,7 +280,7 @@ class Checkpointer:
             UserError: there were checkpoints, but not one is whole.
         """
         self.wait()
-        return self._on_main(lambda: next(iter(_whole(self.directory)), None))
+        return self._on_main(lambda: next(iter(whole_steps(self.directory)), None))
 
     def names(self, step: int) -> set[str]:
         """The tensors that the checkpoint of ``step`` holds."""
@@ -299,7 +299,7 @@ class Checkpointer:
         """
         self.wait()
         path = self.directory / _name(step)
-        self._on_main(lambda: _require_whole(self.directory, step))
+        self._on_main(lambda: _requirewhole_steps(self.directory, step))
         _match(path, _read_index(path), tensors, partial=partial)
         _fill(path, tensors, self.group)
         self._held = None if partial else step
@@ -312,7 +312,7 @@ class Checkpointer:
         """
         self.wait()
         unreadable: set[int] = set()
-        while (step := self._on_main(lambda: next(iter(_whole(self.directory, unreadable)), None))) is not None:
+        while (step := self._on_main(lambda: next(iter(whole_steps(self.directory, unreadable)), None))) is not None:
             try:
                 return step, self.load(step, tensors)
             except DamagedCheckpoint as error:
@@ -350,10 +350,10 @@ def load_full(directory: str | Path, step: int | None = None, names: Iterable[st
     """
     directory = Path(directory)
     if step is None:
-        step = next(iter(_whole(directory)), None)
+        step = next(iter(whole_steps(directory)), None)
         if step is None:
             raise DamagedCheckpoint(f"{directory} holds no checkpoint.")
-    _require_whole(directory, step)
+    _requirewhole_steps(directory, step)
     path = directory / _name(step)
     index = _read_index(path)
     wanted = list(index) if names is None else list(names)
@@ -367,7 +367,7 @@ def load_full(directory: str | Path, step: int | None = None, names: Iterable[st
 
 def load_state(directory: str | Path, step: int) -> dict[str, Any]:
     """The ``state`` of a checkpoint, without its tensors."""
-    _require_whole(Path(directory), step)
+    _requirewhole_steps(Path(directory), step)
     return json.loads((Path(directory) / _name(step) / STATE).read_text())
 
 
@@ -413,7 +413,7 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _whole(directory: Path, unreadable: Container[int] = ()) -> Iterable[int]:
+def whole_steps(directory: Path, unreadable: Container[int] = ()) -> Iterable[int]:
     """Steps of the whole checkpoints, best first, without the ``unreadable``; says which are skipped and why."""
     steps = _steps(directory)
     newest = _newest(directory)
@@ -440,7 +440,7 @@ def _whole(directory: Path, unreadable: Container[int] = ()) -> Iterable[int]:
         )
 
 
-def _require_whole(directory: Path, step: int) -> None:
+def _requirewhole_steps(directory: Path, step: int) -> None:
     if (what := damage(directory / _name(step))) is not None:
         whole = [s for s in _steps(directory) if damage(directory / _name(s)) is None]
         have = f"Whole ones: steps {', '.join(map(str, whole))}." if whole else f"{directory} holds no whole one."

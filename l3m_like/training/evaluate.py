@@ -12,6 +12,7 @@ from l3m_like.core.meta_model import Graph, MetaModel
 from l3m_like.core.wiring import Program, check_wiring
 from l3m_like.data.loader import EvalLoader
 from l3m_like.distributed.mesh import Mesh
+from l3m_like.distributed.parallelize import reshard
 from l3m_like.losses.loss import Loss
 from l3m_like.training.optim import EMA
 
@@ -79,6 +80,7 @@ def evaluate(
                 sums[name] += torch.stack((value.double(), torch.as_tensor(count, device=value.device).double()))
     for part, mode in modes:
         part.train(mode)
+        reshard(part)  # no backward follows, which would do it
     totals = mesh.sum(torch.stack(list(sums.values()))).cpu()
     means = {name: (total / max(float(count), 1.0)) for name, (total, count) in zip(sums, totals.tolist(), strict=True)}
     weighted = [(name, loss.weight) for name, loss in losses.items() if loss.weight is not None]
@@ -88,4 +90,6 @@ def evaluate(
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch's tensors on ``device``, copied asynchronously from pinned memory."""
-    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+    }

@@ -21,7 +21,7 @@ from l3m_like.distributed.gradients import local
 
 
 def _fan_in_uniform(module: nn.Module) -> dict[str, Init]:
-    weight = module.weight
+    weight = module.get_parameter("weight")
     bound = 1.0 / math.sqrt(math.prod(weight.shape[1:]))  # what torch's own kaiming_uniform_(a=sqrt(5)) comes to
     return {name: Uniform(bound) for name, _ in module.named_parameters(recurse=False)}
 

@@ -18,7 +18,7 @@ from l3m_like.core.wiring import parts_of
 from l3m_like.distributed.gradients import local
 from l3m_like.distributed.mesh import Mesh
 from l3m_like.distributed.parallelize import DTYPES, parallelize
-from l3m_like.training.checkpoint import Checkpointer, DamagedCheckpoint, _whole, load_full
+from l3m_like.training.checkpoint import Checkpointer, DamagedCheckpoint, load_full, whole_steps
 from l3m_like.training.init import init_specs, initialize, materialize
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def load(
     if ema and cfg.ema is None:
         raise UserError(f"load: ema was asked for, but this run kept no average (its config has ema: null): {checkpoints}")
     if checkpoints is not None and mesh is None and step is None:
-        step = _newest(checkpoints, next(iter(_whole(checkpoints)), None))
+        step = _newest(checkpoints, next(iter(whole_steps(checkpoints)), None))
     kind = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if kind is not None and kind not in PRECISIONS:
         raise UserError(f"load: dtype {dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in PRECISIONS)}.")

@@ -70,7 +70,7 @@ class AdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: Sequence[float], eps: float) -> None:
-        super().__init__(groups, betas=tuple(betas), eps=eps, fused=True)
+        super().__init__(groups, betas=(betas[0], betas[1]), eps=eps, fused=True)
         for group in self.param_groups:
             for parameter in group["params"]:
                 device = local(parameter).device

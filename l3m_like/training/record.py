@@ -39,8 +39,7 @@ def flush(
     ``seconds`` is the wall clock since ``began`` per step, the wait for data included; counts and FLOPs are those of the mesh.
     """
     weights = {name: loss.weight for update in updates for name, loss in update.losses.items()}
-    values = torch.cat([torch.stack([v[0] for v in r.sums.values()]) for r in records])
-    values = mesh.sum(values).cpu().tolist()
+    values = mesh.sum(torch.cat([torch.stack([v[0] for v in r.sums.values()]) for r in records])).cpu().tolist()
     counts = torch.cat([torch.stack([v[1] for v in r.sums.values()]) for r in records]).cpu().tolist()
     norms = torch.stack([n.detach().double() for r in records for pair in r.norms.values() for n in pair]).cpu().tolist()
     seconds = (time.perf_counter() - began) / len(records)  # after the copy, so that the device has done the work

@@ -19,7 +19,9 @@ def state_tensors(model: nn.Module, updates: Sequence[Update], ema: EMA | None) 
     """
     frozen = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Frozen) and module.loaded_from)
     tensors: dict[str, Tensor] = {
-        f"model/{name}": parameter.detach() for name, parameter in model.named_parameters() if not name.startswith(frozen or ("\0",))
+        f"model/{name}": parameter.detach()
+        for name, parameter in model.named_parameters()
+        if not name.startswith(frozen or ("\0",))
     }
     tensors |= {f"model/{name}": buffer for name, buffer in model.named_buffers() if not name.startswith(frozen or ("\0",))}
     for update in updates:

@@ -124,7 +124,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         update.prepare(mesh, Guard(mesh.device, spike=cfg.guard.spike_factor, window=cfg.guard.window))
     ema = EMA(trainable, cfg.ema.decay) if cfg.ema is not None else None
     tensors = state_tensors(run.model, updates, ema)
-    saved = {"step": 0, "data": None, "bad_steps": 0}
+    saved: dict[str, Any] = {"step": 0, "data": None, "bad_steps": 0}
     if resumes:
         saved = resume(checkpointer, cfg.checkpoint.resume, tensors)
     step, bad_steps = saved["step"], saved["bad_steps"]
@@ -142,7 +142,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         epochs=cfg.epochs,
     )
     closing.callback(loader.close)
-    steps = run.steps or loader.total_steps
+    steps: int = run.steps or loader.total_steps  # type: ignore[assignment]  # one of them is given
     shape = cfg.schedule
     schedule = Schedule(shape.name, total=steps, warmup=shape.warmup, decay=shape.decay, floor=shape.floor)
     flops = StepFlops(run.trace)

@@ -149,7 +149,9 @@ def plan_updates(cfg: Any, parts: Mapping[str, MetaModel], losses: Mapping[str, 
                 raise UserError(f"updates.{name}.parts: no part '{part}' in model. {did_you_mean(part, parts)}")
         for term in update.terms or losses:
             if term in owner:
-                raise UserError(f"updates: the term '{term}' is in '{owner[term]}' and in '{name}'; give each update its own `terms`.")
+                raise UserError(
+                    f"updates: the term '{term}' is in '{owner[term]}' and in '{name}'; give each update its own `terms`."
+                )
             owner[term] = name
         chosen = {part: parts[part] for part in update.parts or parts}
         terms = {term: losses[term] for term in update.terms or losses}
@@ -204,6 +206,6 @@ def refuse_split(updates: Sequence[Update], accumulation: int, pipeline: int) ->
                 why = "counts in the forward (count_late)" if loss.count_late else "is no sum over elements (scope: batch)"
                 raise UserError(f"loss.{name} {why}, so it refuses {accumulation} micro-batches per step. {fix}")
         if update.adaptive is not None:
-            raise UserError(f"updates.{update.name}.adaptive needs the whole batch's gradient, not one of {accumulation} micro-batches'. {fix}")
-
-
+            raise UserError(
+                f"updates.{update.name}.adaptive needs the whole batch's gradient, not one of {accumulation} micro-batches'. {fix}"
+            )

@@ -16,8 +16,10 @@ def train(cfg: Any) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
+    from l3m_like.config import start_run
     from l3m_like.core.errors import UserError
 
+    start_run(cfg)
     rank = dist.get_rank()
     fault = os.environ.get("FAKE_FAULT", "")
     value = torch.tensor([cfg.optim.lr * cfg.model["dim"]], dtype=torch.float64)

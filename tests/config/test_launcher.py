@@ -40,6 +40,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[RunC
     seen: list[RunConfig] = []
 
     def train(cfg: RunConfig) -> dict[str, float]:
+        start_run(cfg)
         seen.append(cfg)
         if cfg.model["dim"] == 13:
             raise UserError("dim = 13: unlucky")
@@ -288,9 +289,8 @@ def test_torchrun_launcher(tmp_path: Path) -> None:
         "--config",
         str(TOY),
         "-m",
-        "dim=4,8,16",
+        "dim=8,4",
         "hydra/launcher=torchrun",
-        "launcher.gpus_per_job=1",
     ]
     began = time.monotonic()
     process = popen(command, tmp_path, {"CUDA_VISIBLE_DEVICES": "5,7", "FAKE_FAULT": "bad_dim_8"})

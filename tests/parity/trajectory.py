@@ -140,7 +140,7 @@ class Faults:
     """What a plain loop may do wrongly, for the twins of the test; without arguments nothing."""
 
     schedule_shift: int = 0
-    decay_norms: bool = False
+    decay_vectors: bool = False
     clip_each: bool = False
     eps: float = 1e-8
     micro_means: bool = False
@@ -154,8 +154,8 @@ def plain(cfg: RunConfig, kind: str, faults: Faults | None = None, steps: int = 
     start = load(cfg).model  # the random weights of the seed
     missing, unexpected = model.load_state_dict(export_state(names, dict(start.named_parameters())), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight", "pos_embed.pos_embed"}
-    matrices = [p for p in model.parameters() if p.ndim >= 2 or faults.decay_norms]
-    vectors = [p for p in model.parameters() if p.ndim < 2 and not faults.decay_norms]
+    matrices = [p for p in model.parameters() if p.ndim >= 2 or faults.decay_vectors]
+    vectors = [p for p in model.parameters() if p.ndim < 2 and not faults.decay_vectors]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": cfg.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=cfg.optim.lr, betas=tuple(cfg.optim.betas), eps=faults.eps, foreach=False,
