@@ -37,7 +37,7 @@ from l3m_like.generate import Images, grid  # noqa: E402
 
 SAMPLES = 500  # generated images that the classifier judges
 PER_CLASS = 10  # of them in the picture
-CLASSIFIER_EPOCHS = 8
+CLASSIFIER_EPOCHS = 5
 REAL_AT_LEAST, GENERATED_AT_LEAST = 0.85, 0.80
 CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 PROMPTS = ("ROMEO:", "HAMLET:\nTo be")
@@ -213,9 +213,9 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int, batch: int = 1
     """A small convolutional network, trained with mirrored copies and a learning rate that rises and falls once."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for inputs, outputs in ((1, 32), (32, 64), (64, 128)):  # 28 -> 14 -> 7 -> 3 pixels
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
-    network = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 3 * 3, len(CLASSES)))
+    for inputs, outputs in ((1, 16), (16, 32), (32, 64)):  # 28 -> 14 -> 7 -> 3 pixels
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 3 * 3, len(CLASSES)))
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     per_epoch = len(images) // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=epochs * per_epoch)

@@ -97,10 +97,10 @@ def run(cfg: RunConfig) -> dict[str, Any]:
 
 
 def check(cfg: RunConfig, *, model_only: bool, rank: int, world_size: int) -> int:
-    """Everything short of training, on rank 0; all ranks return its exit code (0, or 2: data not checked)."""
+    """Everything short of training; rank 0 prints, all ranks return its exit code (0, or 2: data not checked)."""
     from l3m_like.training.check import check as report
 
-    code = report(cfg, model_only=model_only) if rank == 0 else None
+    code = report(cfg, model_only=model_only)  # on all ranks: they build the mesh together
     if world_size > 1:
         from l3m_like.distributed import mesh
 

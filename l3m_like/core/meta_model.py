@@ -115,6 +115,11 @@ class Series(nn.ModuleDict):
     """Named MetaModels that run one after the other: ``model:`` as a named dict."""
 
 
+def as_model(model: Any) -> Any:
+    """What a ``model`` section builds: a named dict becomes a Series, anything else stays (``parts_of`` judges it)."""
+    return Series(model) if isinstance(model, Mapping) and not isinstance(model, nn.Module) else model
+
+
 def as_part(part: Any, path: str) -> nn.Module:
     """A block or a MetaModel as it is; a named dict of them as a ModuleDict; anything else is an error."""
     if isinstance(part, (ReadWriteBlock, MetaModel)):

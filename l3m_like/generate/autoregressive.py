@@ -125,7 +125,7 @@ class Autoregressive:
             raise UserError("Autoregressive: stop needs a tokenizer: a data.train.process with encode and decode.")
         found: dict[int, list[int]] = {}
         with sampling(model, eager=True) as graph:
-            self._check(graph)
+            self.check(graph)
             for rows, count in deal(len(prompts) * self.num_samples, self.batch, mesh):
                 tokens = self._generate(graph, [prompts[row // self.num_samples] for row in rows], rows, count, process, mesh)
                 found |= dict(zip(rows, tokens, strict=True)) if count else {}
@@ -155,7 +155,8 @@ class Autoregressive:
     def _key(self, port: str) -> str:
         return f"{self.stream}_{port}"
 
-    def _check(self, graph: Inference) -> None:
+    def check(self, graph: Inference) -> None:
+        """Raise a UserError unless the model reads what this sampler supplies and writes what it takes."""
         caches = [(path, block.reads["cache"]) for path, block in graph.cached]
         if self.cache and not caches:
             raise UserError("Autoregressive: no block of this model makes a key/value cache; say cache: false.")

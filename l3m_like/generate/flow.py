@@ -117,13 +117,17 @@ class FlowODE:
         """Sample from ``model`` as it is now; see ``Sampler.run``. ``process`` is not needed."""
         found: dict[int, Tensor] = {}
         with sampling(model) as graph:
-            supplied = [self._key(port) for port in ("noised", "time", "class_id")]
-            graph.check("FlowODE", supplied, supplied, self._key("velocity_pred"))
+            self.check(graph)
             for rows, count in deal(self.num_samples, self.batch, mesh):
                 images = self._generate(graph, rows).cpu()
                 found |= dict(zip(rows, images, strict=True)) if count else {}
         labels = torch.tensor([self._label(row) for row in range(self.num_samples)])
         return Images(torch.stack(collect(found, mesh)), labels, columns=min(len(self.labels), self.num_samples, 10))
+
+    def check(self, graph: Inference) -> None:
+        """Raise a UserError unless the model reads what this sampler supplies and writes what it takes."""
+        supplied = [self._key(port) for port in ("noised", "time", "class_id")]
+        graph.check("FlowODE", supplied, supplied, self._key("velocity_pred"))
 
     def _key(self, port: str) -> str:
         return f"{self.stream}_{port}"

@@ -35,7 +35,7 @@ class Evaluations:
         return [name for name, every in self.every.items() if every is not None and step % every == 0]
 
     def run(self, step: int, ema: EMA | None, *, last: bool) -> Iterator[tuple[str, dict[str, float]]]:
-        """``(name, values)`` of the evaluations due at ``step`` (``last``: of all), with the averaged weights if there are any."""
+        """``(name, values)`` of the evaluations due at ``step`` (``last``: of all), with averaged weights if there are any."""
         names = list(self.plans) if last else self.due(step)
         if names and ema is not None:
             ema.swap()

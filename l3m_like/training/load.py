@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from l3m_like.config import targets
 from l3m_like.config.run_config import RunConfig
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.core.meta_model import Graph
+from l3m_like.core.meta_model import Graph, as_model
 from l3m_like.core.wiring import parts_of
 from l3m_like.distributed.gradients import local
 from l3m_like.distributed.mesh import Mesh
@@ -115,7 +115,7 @@ def load(
 
     # ---- the model, empty ----------------------------------------------------------------------------------------
     with torch.device("meta"):
-        model = cfg.instantiate("model")
+        model = as_model(cfg.instantiate("model"))
     if cfg.parallel.precision == "fp64":
         model.double()
     saved_dtypes = {name: tensor.dtype for name, tensor in _tensors(model).items()}

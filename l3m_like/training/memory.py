@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,28 +23,36 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from l3m_like.core.meta_model import MetaModel
 from l3m_like.distributed.gradients import local
 from l3m_like.distributed.parallelize import DTYPES, apply_checkpointing
 from l3m_like.training.updates import Update, assign_parameters
 
 
 @dataclass(frozen=True)
-class Term:
-    """One line of the memory table: bytes, what they are, and the setting that makes them fewer."""
+class Activations:
+    """Bytes of one micro-batch on one rank."""
 
-    name: str
-    bytes: int
-    what: str
-    knob: str
+    #: kept by the forward pass for the backward pass
+    saved: int
+    #: alive at once at most, without gradients and parameters
+    peak: int
+    #: the moment of a step at which most is needed
+    worst: Moment
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Bytes of one micro-batch on one rank: kept for the backward pass, and alive at the worst moment."""
+class Moment:
+    """Bytes at one moment of a step, beside what is there for the whole run."""
 
-    saved: int
-    peak: int
+    name: str
+    activations: int
+    gradients: int
+    #: parameters put together for computing, and the buffers of gradients being reduced
+    gathered: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.gradients + self.gathered
 
 
 # ---- exact terms ---------------------------------------------------------------------------------------------------
@@ -52,70 +60,77 @@ class Activations:
 
 def local_bytes(tensors: Iterable[Tensor], *, at_least: torch.dtype | None = None) -> int:
     """Bytes of this rank's shards; ``at_least``: of copies in that dtype, or a wider one."""
-    return sum(local(t).numel() * (t.dtype if at_least is None else torch.promote_types(t.dtype, at_least)).itemsize for t in tensors)
+    return sum(local(t).numel() * torch.promote_types(t.dtype, at_least or t.dtype).itemsize for t in tensors)
 
 
-def static_terms(model: nn.Module, *, ema: bool) -> list[Term]:
-    """What is there for the whole run, of a model that ``parallelize`` has sharded (it may be on meta)."""
+def static_bytes(model: nn.Module, *, ema: bool) -> dict[str, int]:
+    """Bytes of parameters (and buffers), gradients, AdamW's state and averages on this rank, of a model that ``parallelize``
+    has sharded (it may be on meta). Gradients are as large as this when all of them are sharded."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    shard = "parallel.dp_shard: more ranks hold smaller shards"
-    terms = [
-        Term("parameters", local_bytes([*model.parameters(), *model.buffers()]), "master weights, sharded", shard),
-        # AdamW: two moments like the parameter, and a float32 step count for each
-        Term("optimizer", 2 * local_bytes(trained) + 4 * len(trained), "two moments per weight, sharded", shard),
-    ]
-    if ema:
-        terms.append(Term("ema", local_bytes(trained, at_least=torch.float32), "averaged weights, sharded", "ema: null, or " + shard))
-    return terms
+    sizes = {
+        "parameters": local_bytes([*model.parameters(), *model.buffers()]),
+        "gradients": local_bytes(trained),
+        "optimizer": 2 * local_bytes(trained) + 4 * len(trained),  # two moments like the parameter, and a float32 step count
+    }
+    return sizes | ({"ema": local_bytes(trained, at_least=torch.float32)} if ema else {})
 
 
-# ---- gradients and gathered parameters -----------------------------------------------------------------------------
+# ---- what FSDP adds ------------------------------------------------------------------------------------------------
 
 
-def gradients(model: nn.Module, *, precision: str, accumulation: int) -> Term:
-    """Gradients of all trained parameters. While micro-batches are accumulated FSDP keeps them whole, in the reduction dtype."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    sharded = local_bytes(trained)
-    if accumulation == 1 or not any(isinstance(p, DTensor) for p in trained):
-        return Term("gradients", sharded, "sharded", "parallel.dp_shard: more ranks hold smaller shards")
-    wide = torch.float32 if precision == "bf16" else torch.float32
-    whole = sum(_unsharded_numel(p) * torch.promote_types(wide, DTYPES[precision]).itemsize for p in trained)
-    return Term(
-        "gradients",
-        max(whole, sharded),
-        f"whole, not sharded, while {accumulation} micro-batches are accumulated",
-        "batch.micro: one micro-batch per step keeps them sharded; else parallel.tp",
-    )
+@dataclass(frozen=True)
+class Sharding:
+    """What FSDP2 does to one model, in bytes on this rank; all zero where it does nothing.
 
-
-def gathered(parts: Iterable[MetaModel], *, precision: str, reshard_after_forward: bool) -> Term | None:
-    """What FSDP puts together for computing: parameters in the compute dtype, and gradients on their way to the shards.
-
-    The root's parameters (those in no unit) stay gathered from forward to backward, and so do their gradients; of the units,
-    two at a time (one computes, the next is fetched), or all without ``reshard_after_forward``; one unit's gradients are in
-    the buffer of the reduction.
+    The root's parameters (those in no unit) stay gathered from forward to backward, and their gradients whole until the end of
+    the backward pass. A unit's gradients leave for their shards as soon as the unit is done, unless micro-batches are being
+    accumulated: then all stay whole until the last one.
     """
-    compute, reduce = DTYPES[precision].itemsize, torch.promote_types(DTYPES[precision], torch.float32).itemsize
-    root = units = largest = name_of_largest = 0
-    sharded = False
-    for part in parts:
-        for module in part.modules():
-            if not isinstance(module, FSDPModule):
-                continue
-            sharded = True
-            size = sum(_unsharded_numel(p) for p in _own_parameters(module))
-            if module is part:
-                root += size
-            else:
-                units += size
-                largest, name_of_largest = max((largest, name_of_largest), (size, 1))
-    if not sharded:
-        return None
-    held = 2 * largest if reshard_after_forward else units + largest
-    total = compute * (2 * root + held + largest) + reduce * max(largest, 0)
-    what = f"the root's {_millions(root)} weights and gradients, {'two units' if reshard_after_forward else 'all units'} of "
-    what += f"{_millions(largest)}, one unit's gradients"
-    return Term("gathered", total, what, "parallel.tp" if reshard_after_forward else "parallel.reshard_after_forward: true")
+
+    #: gathered all the time: the root
+    gathered: int = 0
+    #: of units at work: one computes, the next is fetched, and one's gradients are in the buffer of the reduction
+    working: int = 0
+    #: at the end of the backward pass: the buffer and the result of the reduction of the root's gradients
+    reduction: int = 0
+    #: while micro-batches are accumulated: the root's gradients, whole
+    root_gradients: int = 0
+    #: ``{parameter of a unit: (held whole until its backward pass, the shard of its gradient)}``; held are its gradient, while
+    #: micro-batches are accumulated, and the parameter itself, without ``reshard_after_forward``
+    leaving: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def sharding(
+    model: nn.Module, roots: Iterable[nn.Module], *, precision: str, reshard_after_forward: bool, accumulation: int
+) -> Sharding:
+    """Read it off a model that ``parallelize`` has sharded; ``roots`` are its parts."""
+    compute = DTYPES[precision].itemsize
+    reduce = torch.promote_types(DTYPES[precision], torch.float32).itemsize
+    root_ids = {id(root) for root in roots}
+    names = {id(p): name for name, p in model.named_parameters()}
+    root_size = root_local = largest = 0
+    leaving: dict[str, tuple[int, int]] = {}
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        own = list(_own_parameters(module))
+        size = sum(torch.Size(tp_shape(p)).numel() for p in own)
+        if id(module) in root_ids:
+            root_size += size
+            root_local += local_bytes(p for p in own if p.requires_grad)
+            continue
+        largest = max(largest, size)
+        held = (reduce if accumulation > 1 else 0) + (0 if reshard_after_forward else compute)
+        for p in own:
+            if p.requires_grad:
+                leaving[names[id(p)]] = held * torch.Size(tp_shape(p)).numel(), local_bytes([p])
+    return Sharding(
+        gathered=compute * root_size,
+        working=compute * largest * (3 if reshard_after_forward else 1) + reduce * largest,
+        reduction=reduce * root_size + root_local,
+        root_gradients=reduce * root_size if accumulation > 1 else 0,
+        leaving=leaving,
+    )
 
 
 def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -149,10 +164,6 @@ def tp_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _millions(number: int) -> str:
-    return f"{number / 1e6:,.1f} M" if number < 1e9 else f"{number / 1e9:,.2f} B"
-
-
 # ---- activations ---------------------------------------------------------------------------------------------------
 
 
@@ -171,12 +182,19 @@ def become_local(model: nn.Module, sharded: nn.Module, precision: str) -> None:
 
 
 def measure_activations(
-    model: nn.Module, updates: Sequence[Update], data: Mapping[str, Tensor], *, checkpointing: str | int, mesh: Any
+    model: nn.Module,
+    updates: Sequence[Update],
+    data: Mapping[str, Tensor],
+    *,
+    checkpointing: str | int,
+    shards: Sharding | None = None,
+    mesh: Any = None,
 ) -> Activations:
     """Run every update once on the meta tensors ``data``; the most that any of them needs.
 
     ``model`` is as ``become_local`` leaves it; its units are put under activation checkpointing in place.
     """
+    shards = shards or Sharding()
     parts = {id(part): part for update in updates for part in update.parts.values()}
     for part in parts.values():
         units = [unit for _, block in part.blocks() for unit in block.shard_units()]
@@ -186,19 +204,51 @@ def measure_activations(
             apply_checkpointing(units, checkpointing)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assign_parameters(updates, trained)
-    # a gradient leaves for its shard as soon as it is there: it is counted by `gradients`
-    hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in trained.values()]
-    most, carried = Activations(0, 0), {}
     known = [*model.parameters(), *data.values()]
+    saved = peak = 0
+    worst = Moment("", 0, 0, 0)
+    carried: dict[str, Tensor] = {}
     for update in updates:
         update.train_only_own(updates)
         with LiveBytes(known) as live, FusedAttention():
-            saved, kept = _forward_backward(update, {**data, **carried}, live, mesh)
+            leaving = {name: p for name, p in update.parameters.items() if name in shards.leaving}
+            whole = shards.root_gradients + sum(shards.leaving[name][0] for name in leaving)
+            live.count(whole, gradient=True)
+            hooks = [
+                p.register_post_accumulate_grad_hook(functools.partial(_land, live, shards.leaving[name]))
+                for name, p in leaving.items()
+            ]
+            hooks += [
+                p.register_post_accumulate_grad_hook(functools.partial(_stay, live))
+                for name, p in update.parameters.items()
+                if name not in leaving
+            ]
+            kept_bytes, kept = _forward_backward(update, {**data, **carried}, live, mesh)
+        saved, peak = max(saved, kept_bytes - whole), max(peak, live.peak_activations)
+        in_backward = Moment("in the backward pass", *live.at_peak, shards.gathered + shards.working)
+        left = live.gradients - shards.root_gradients  # the accumulated ones took the new ones in
+        at_its_end = Moment(
+            "when the last gradients are reduced", live.now - live.gradients, left, shards.gathered + shards.reduction
+        )
+        worst = max(worst, in_backward, at_its_end, key=lambda moment: moment.total)
         carried |= kept
-        most = Activations(max(most.saved, saved), max(most.peak, live.peak))
-    for hook in hooks:
-        hook.remove()
-    return most
+        for hook in hooks:
+            hook.remove()
+        for parameter in update.parameters.values():
+            parameter.grad = None
+    return Activations(saved, peak, worst)
+
+
+def _land(live: LiveBytes, size: tuple[int, int], parameter: Tensor) -> None:
+    """A unit's gradient leaves for its shard."""
+    parameter.grad = None
+    whole, shard = size
+    live.count(shard - whole, gradient=True)
+
+
+def _stay(live: LiveBytes, parameter: Tensor) -> None:
+    """A gradient stays as it is: from now on it counts as one, not as an activation."""
+    live.gradients += parameter.grad.untyped_storage().nbytes() if parameter.grad is not None else 0
 
 
 def _forward_backward(update: Update, data: dict[str, Tensor], live: LiveBytes, mesh: Any) -> tuple[int, dict[str, Tensor]]:
@@ -217,12 +267,8 @@ def _forward_backward(update: Update, data: dict[str, Tensor], live: LiveBytes, 
     return saved, kept
 
 
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages of tensors that operations make: bytes alive ``now``, and the ``peak``.
+    """Follows the storages of tensors that operations make: bytes alive ``now``, of which ``gradients``, and their peaks.
 
     Args:
         known: tensors whose storages do not count (parameters, inputs).
@@ -230,7 +276,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.gradients = self.peak_activations = 0
+        #: activations and gradients at the peak
+        self.at_peak = (0, 0)
         self._alive: dict[int, Any] = {}
         for tensor in known:
             self._follow(tensor, 0)
@@ -248,8 +296,15 @@ class LiveBytes(TorchDispatchMode):
         if number in self._alive:
             return
         self._alive[number] = weakref.ref(storage, self._end_of(number, size))
+        self.count(size)
+
+    def count(self, size: int, *, gradient: bool = False) -> None:
+        """``size`` more bytes are alive (or fewer)."""
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.gradients += size if gradient else 0
+        if self.now > self.peak:
+            self.peak, self.at_peak = self.now, (self.now - self.gradients, self.gradients)
+        self.peak_activations = max(self.peak_activations, self.now - self.gradients)
 
     def _end_of(self, number: int, size: int) -> Callable[[Any], None]:
         def end(_: Any) -> None:
@@ -261,7 +316,8 @@ class LiveBytes(TorchDispatchMode):
 
 class FusedAttention(TorchFunctionMode):
     """On meta tensors ``scaled_dot_product_attention`` takes its textbook form, which keeps the scores of all pairs. Here it
-    becomes what an accelerator runs: FlashAttention without a mask, the memory-efficient kernel with one."""
+    becomes what an accelerator runs in half precision, and in fp32 with as many key heads as query heads: a fused kernel. In
+    fp32 with grouped heads no fused kernel exists, and the textbook form is what runs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -275,10 +331,9 @@ def _fused_forward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **rest: Any) -> Tensor:
-    if attn_mask is None:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
-    group = q.shape[1] // k.shape[1]
-    if group > 1:  # this kernel takes no grouped heads: keys and values are repeated
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    bias = torch.zeros_like(attn_mask, dtype=q.dtype).expand(*q.shape[:3], k.shape[2]) if attn_mask.dtype == torch.bool else attn_mask
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, False)[0]
+    if q.dtype.itemsize > 2 and q.shape[1] != k.shape[1]:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, **rest)
+    bias = None
+    if attn_mask is not None:  # kernels take no bool mask: it becomes one of numbers
+        bias = torch.zeros_like(attn_mask, dtype=q.dtype) if attn_mask.dtype == torch.bool else attn_mask
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, 0.0, is_causal)[0]

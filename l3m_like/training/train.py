@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from l3m_like.config import RunConfig, start_run
 from l3m_like.core.errors import UserError
-from l3m_like.core.meta_model import MetaModel
+from l3m_like.core.meta_model import MetaModel, as_model
 from l3m_like.core.wiring import Trace, Wiring, check_wiring, parts_of
 from l3m_like.data.loader import Loader
 from l3m_like.distributed.gradients import set_gradient_sync
@@ -60,7 +60,7 @@ class Plan:
 def plan(cfg: RunConfig, dp_size: int) -> Plan:
     """Instantiate and check everything that needs no weights. ``--check`` prints what comes back; ``train`` trains it."""
     with torch.device("meta"):
-        model, losses = cfg.instantiate("model"), cfg.instantiate("loss")
+        model, losses = as_model(cfg.instantiate("model")), cfg.instantiate("loss")
     parts = parts_of(model)
     updates = plan_updates(cfg, parts, losses)
     rows = cfg.batch.global_ // dp_size
@@ -86,7 +86,8 @@ def train(cfg: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, float]:
 
 def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     # ---- mesh, model, weights ------------------------------------------------------------------------------------
-    torch.use_deterministic_algorithms(cfg.deterministic)
+    if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler, which takes seconds
+        torch.use_deterministic_algorithms(cfg.deterministic)
     mesh = build_mesh(cfg.mesh_axes())
     run_dir = start_run(cfg)
     run = plan(cfg, mesh.dp_size)
@@ -97,6 +98,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         keep_every=cfg.checkpoint.keep_every,
         asynchronous=cfg.checkpoint.asynchronous,
     )
+    closing.callback(checkpointer.close)
     resumes = checkpointer.latest() is not None or cfg.checkpoint.resume not in ("auto", "never")
     for name, part in parts.items():
         specs = init_specs(part)
@@ -127,6 +129,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     saved: dict[str, Any] = {"step": 0, "data": None, "bad_steps": 0}
     if resumes:
         saved = resume(checkpointer, cfg.checkpoint.resume, tensors)
+    checkpointer.clean()
     step, bad_steps = saved["step"], saved["bad_steps"]
     loader = Loader(
         run.dataset,
@@ -213,7 +216,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             gc.collect()
 
     # ---- the end -------------------------------------------------------------------------------------------------
-    checkpointer.close()
+    checkpointer.wait()
     reporter.close(final)
     return final
 

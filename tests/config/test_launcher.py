@@ -7,6 +7,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -205,7 +206,7 @@ def processes(tmp_path: Path) -> Callable[..., Outcome]:
             started[-1].start()
         for process in started:
             process.join(50)
-        outputs = [file.read_text() for file in sorted(tmp_path.glob("output_*.txt"))]
+        outputs = [(tmp_path / f"output_{process.pid}.txt").read_text() for process in started]
         codes = [-1 if process.exitcode is None else process.exitcode for process in started]
         for process in started:
             process.kill()
@@ -251,26 +252,36 @@ def test_a_crash_shows_its_own_trace_only(processes: Callable[..., Outcome]) -> 
     assert "rank 1 of 2 failed" in errors and "out of paper" in errors
 
 
-def test_sweep_in_lock_step_under_torchrun(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(FAKE),
-        "--config",
-        str(TOY),
-    ]
-    process = popen([*command, "-m", "dim=4,8", "optim.lr=1e-3,1e-2,1e-1"], tmp_path, {})
-    out, err = process.communicate(timeout=55)
-    assert process.returncode == 0, err
-    (table,) = tmp_path.glob("runs/toy-sweep-*/sweep.csv")
+SWEEP = ["-m", "dim=4,8", "optim.lr=1e-3,1e-2,1e-1"]
+
+
+def assert_swept(folder: Path, out: str) -> None:
+    """Six jobs, each once on both ranks, told of by rank 0 alone."""
+    (table,) = folder.glob("runs/toy-sweep-*/sweep.csv")
     with open(table) as file:
         rows = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in rows] == pytest.approx([0.004, 0.04, 0.4, 0.008, 0.08, 0.8])
-    assert out.count("sweep: job ") == 6 and out.count("job  status") == 1  # rank 0 alone speaks
-    assert len(list(table.parent.glob("*/seen_1.txt"))) == 6 and os.listdir(tmp_path) == ["runs"]
+    assert out.count("sweep: job ") == 6 and out.count("job  status") == 1
+    assert len(list(table.parent.glob("*/seen_1.txt"))) == 6 and os.listdir(folder / "runs") == [table.parent.name]
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_sweep_in_lock_step(processes: Callable[..., Outcome], tmp_path: Path, times: int) -> None:
+    for _ in range(times):
+        codes, out, _ = processes(2, *SWEEP)
+        assert codes == [0, 0], out
+        assert_swept(tmp_path, out)
+        assert {path.name for path in tmp_path.iterdir() if path.suffix != ".txt"} == {"runs"}
+        shutil.rmtree(tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_sweep_in_lock_step_under_torchrun(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = popen([*torchrun, str(FAKE), "--config", str(TOY), *SWEEP], tmp_path, {})
+    out, err = process.communicate(timeout=55)
+    assert process.returncode == 0, err
+    assert_swept(tmp_path, out)
 
 
 def test_a_failing_job_ends_the_lock_step_sweep_on_all_ranks(processes: Callable[..., Outcome], tmp_path: Path) -> None:

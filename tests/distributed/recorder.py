@@ -51,7 +51,7 @@ DATA = {
 #: three steps in float64, with clipping, weight decay and a schedule that moves; a line per step
 SHORT = {
     **{"steps": 3, "evals": {}, "log.every": 1, "log.console": False, "checkpoint.every": None, "data.prefetch": 0},
-    **{"parallel.precision": "fp64", "schedule.warmup": 0},
+    **{"parallel.precision": "fp64", "schedule.warmup": 0, "optim.clip": 0.1},
 }
 
 
@@ -60,6 +60,7 @@ class Record:
     """One rank's view of a run; tensors are whole, whatever the mesh."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)  # as initialised
+    start: dict[str, Tensor] = field(default_factory=dict)  # perturbed: at the first step
     gradients: list[dict[str, Tensor]] = field(default_factory=list)  # per optimizer step, before clipping
     norms: list[Tensor] = field(default_factory=list)  # likewise
     final: dict[str, Tensor] = field(default_factory=dict)  # weights after the last step
@@ -101,6 +102,7 @@ def recording(into: Record, drawn: Sequence[str] = ()) -> Iterator[None]:
     def prepare_and_perturb(self: Any, mesh: Any, guard: Any) -> None:
         into.weights |= {name: whole(p) for name, p in self.parameters.items()}
         perturb(self.parameters)
+        into.start |= {name: whole(p) for name, p in self.parameters.items()}
         parameters.update(self.parameters)
         made.append(self)
         for part in self.parts.values() if drawn else ():
@@ -166,6 +168,15 @@ def change(cfg: Any, settings: Mapping[str, Any]) -> Any:
 def experiment(name: str, **settings: Any) -> Any:
     """The shipped experiment, tiny, for three steps in float64; ``tp``, ``dp_shard`` ... and ``micro`` over it."""
     return change(copy.deepcopy(_experiment(name)), {path_of(key): value for key, value in settings.items()})
+
+
+def toy(tree: Mapping[str, Any], **settings: Any) -> Any:
+    """A run from a plain dict, in float64, with ``settings`` as in ``experiment``."""
+    from l3m_like.config import RunConfig
+
+    tree = {"steps": 3, "batch": {"global": 8}, "optim": {"lr": 0.01, "clip": 0.1}, "run": {"name": "toy"}} | dict(tree)
+    short = {path: value for path, value in SHORT.items() if path not in ("steps", "optim.clip")}
+    return change(RunConfig.from_dict(tree), short | {path_of(key): value for key, value in settings.items()})
 
 
 def path_of(setting: str) -> str:

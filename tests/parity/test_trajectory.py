@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trajectory import STEPS, Faults, Trajectory, config, differences, draw, ours, plain, weight_difference
-
-LOSS, NORM, WEIGHTS = 1e-4, 1e-3, 1e-3
+from trajectory import LOSS, NORM, STEPS, WEIGHTS, Faults, Trajectory, config, differences, draw, ours, plain, weight_difference
 
 
 @pytest.fixture(autouse=True)
@@ -47,24 +45,23 @@ def test_equals_a_plain_loop(kind: str, tmp_path: Path) -> None:
     # what is compared has to have happened
     assert len(found.losses) == STEPS and found.losses[-1] < 0.7 * found.losses[0]
     clipped = sum(norm > cfg.optim.clip for norm in found.norms)
-    assert 20 <= clipped <= 98, "clipping is tested where some steps are clipped and some are not"
+    assert 10 <= clipped <= 90, "clipping is tested where some steps are clipped and some are not"
     assert cfg.batch.global_ == 2 * cfg.batch.micro and cfg.optim.weight_decay == 0.1 and cfg.schedule.name == "cosine"
     assert weight_difference(found.averages, found.weights) > 10 * WEIGHTS
     draw(found, wanted, ("ours", "reference"), kind, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("kind", "steps", "faults"),
-    [
-        ("llm", 6, Faults(schedule_shift=1)),
-        ("llm", 12, Faults(clip_each=True)),
-        ("llm", 12, Faults(micro_means=True)),
-        ("sit", 30, Faults(eps=1e-6)),
-        ("sit", 40, Faults(decay_vectors=True)),
-    ],
-    ids=lambda value: next((name for name, x in vars(value).items() if x != getattr(Faults(), name)), "") if isinstance(value, Faults) else None,
-)
+FAULTS = {
+    "schedule one step off": ("llm", 6, Faults(schedule_shift=1)),
+    "each group clipped by its own norm": ("llm", 6, Faults(clip_each=True)),
+    "decay of norm weights": ("llm", 15, Faults(decay_vectors=True)),
+    "mean of the micro-batches' means": ("llm", 30, Faults(micro_means=True)),
+    "another eps in Adam": ("sit", 10, Faults(eps=1e-6)),
+}
+
+
+@pytest.mark.parametrize(("kind", "steps", "faults"), FAULTS.values(), ids=FAULTS)
 def test_planted_fault_is_found(kind: str, steps: int, faults: Faults, tmp_path: Path) -> None:
     cfg = config(kind, tmp_path)
     with pytest.raises(AssertionError):

@@ -1,0 +1,55 @@
+"""Measure a config's training step: its time and where that goes, throughput, MFU, memory.
+
+    python run/bench.py --config configs/experiment/llm.yaml --steps 20
+    python run/bench.py --config configs/experiment/llm.yaml --overhead batch.global=32 batch.micro=32
+    torchrun --nproc-per-node 8 -- run/bench.py --config configs/experiment/llama3_8b.yaml --json llama3_8b.json
+
+``--overhead`` runs the same training written by hand in turn with ours, and prints the ratio of the two steps. What follows the
+options are settings of the config, as on the launcher's command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="PATH", help="the run's YAML file")
+    parser.add_argument("--steps", type=int, default=20, help="how many are timed (default: 20)")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them (default: 5)")
+    parser.add_argument("--overhead", action="store_true", help="compare with a loop written by hand (one process, fp32)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything that was measured")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file")
+    args = parser.parse_intermixed_args(argv)  # settings may stand between options
+
+    from l3m_like.config import RunConfig
+    from l3m_like.config.ranks import Failures, adopt_launcher
+    from l3m_like.distributed.mesh import init_process_group
+    from l3m_like.training.bench import bench, table
+
+    failures = Failures(0, 1)
+    try:
+        rank, world_size = adopt_launcher()
+        if world_size > 1:
+            init_process_group()
+            failures = Failures(rank, world_size)
+        cfg = RunConfig.from_file(args.config, args.overrides)
+        result = bench(cfg, args.steps, warmup=args.warmup, overhead=args.overhead)
+        if rank == 0:
+            print(table(result))
+            if args.json is not None:
+                args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        failures.close()
+    except Exception as error:
+        return failures.fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

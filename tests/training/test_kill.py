@@ -1,0 +1,193 @@
+"""SIGKILL at every named point of a save, in the middle of a step and at random moments, on one rank and on all; then the
+same command again. The losses and the samples of every step must be those of a run that nobody killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# imported here, once: the forked processes inherit them
+from l3m_like.config import RunConfig
+from l3m_like.training import checkpoint, report, train, updates
+
+STEPS = 9
+ROOT = Path(__file__).resolve().parents[2]
+POINTS = ("staging", "mid_write", "before_marker", "between_marker_and_latest", "during_pruning", "mid_step")
+
+LLM = [
+    "dim=16", "layers=1", "heads=2", "kv_heads=1", "head_dim=8", "mlp_dim=16", "sequence=32", "batch.global=4", "batch.micro=null",
+    f"steps={STEPS}", "log.every=2", "log.refs=true", "log.console=false", "checkpoint.every=2", "checkpoint.keep_last=2",
+    "~evals", "ema={decay: 0.9}", "parallel.precision=fp64",
+]  # fmt: skip
+
+
+CONFIG = RunConfig.from_file(ROOT / "configs/experiment/llm.yaml", LLM).to_dict()
+
+
+def _train(folder: Path, rank: int, world_size: int, store: str, kill: tuple[str, int] | None) -> None:
+    """One process of a run, forked; with ``kill = (point, n)`` it dies when it passes the point for the n-th time."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    report.write_report = lambda *args, **kwargs: None  # drawing the curves is not what is tested, and slow
+    passed = 0
+
+    def reached(point: str) -> None:
+        nonlocal passed
+        if kill is not None and point == kill[0]:
+            passed += 1
+            if passed == kill[1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.on_point = reached
+    step = updates.Update.step
+
+    def counted(self: Any, *args: Any) -> Any:
+        reached("mid_step")
+        return step(self, *args)
+
+    updates.Update.step = counted  # type: ignore[method-assign]
+    config = RunConfig.from_dict(CONFIG | {"run": {"dir": str(folder), "name": "llm"}})
+    train.train(config)
+
+
+def _entry(*args: Any) -> None:
+    try:
+        _train(*args)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # as a process that ends, without the destructors of a group whose peers may be gone
+
+
+def launch(
+    folder: Path,
+    world_size: int = 1,
+    kill: tuple[str, int] | None = None,
+    ranks: tuple[int, ...] = (),
+    after: float | None = None,
+) -> bool:
+    """Run the command once; True if it came to its end. As a launcher does, the other ranks are killed when one has died."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as place:
+        store = os.path.join(place, "store")
+        jobs = [
+            context.Process(target=_entry, args=(folder, rank, world_size, store, kill if rank in ranks else None))
+            for rank in range(world_size)
+        ]
+        began = time.monotonic()
+        for job in jobs:
+            job.start()
+        while any(job.is_alive() for job in jobs):
+            dead = any(job.exitcode not in (None, 0) for job in jobs)
+            if dead or (after is not None and time.monotonic() - began > after):
+                if dead and len(ranks) != world_size:
+                    time.sleep(0.2)  # the others wait for the dead one for a while
+                for job in jobs:
+                    job.kill()
+            time.sleep(0.01)
+        codes = [job.exitcode for job in jobs]
+        for job in jobs:
+            job.join()
+    # a rank whose peer was killed may end by the error of the connection that broke; nothing else may fail
+    assert all(code in (0, -signal.SIGKILL) for code in codes) or -signal.SIGKILL in codes, codes
+    return all(code == 0 for code in codes)
+
+
+def history(folder: Path) -> list[tuple[int, float, float, list[str]]]:
+    lines = [json.loads(line) for line in (folder / "llm" / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"], line["refs"]) for line in lines if "refs" in line]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
+    found = {}
+    for world_size in (1, 2):
+        folder = tmp_path_factory.mktemp(f"whole{world_size}")
+        assert launch(folder, world_size)
+        found[world_size] = history(folder)
+        assert [row[0] for row in found[world_size]] == list(range(1, STEPS + 1))
+    return found
+
+
+ALL_RANKS = pytest.param(2, (0, 1), id="all", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    ("world_size", "ranks"), [pytest.param(1, (0,), id="one"), pytest.param(2, (1,), id="one-of-two"), ALL_RANKS]
+)
+def test_killed_at(
+    point: str, world_size: int, ranks: tuple[int, ...], uninterrupted: dict[int, list[Any]], tmp_path: Path
+) -> None:
+    only_main = point in ("before_marker", "between_marker_and_latest", "during_pruning")
+    times = {"mid_step": 5, "during_pruning": 1}.get(point, 2)
+    ended = launch(tmp_path, world_size, (point, times), ranks)
+    assert not ended or (only_main and ranks == (1,))  # that rank may have nothing to do there
+    assert launch(tmp_path, world_size)
+    assert history(tmp_path) == uninterrupted[world_size]  # bitwise: losses, norms and samples
+
+
+def test_killed_at_random_moments(uninterrupted: dict[int, list[Any]], tmp_path: Path) -> None:
+    draw = random.Random(7)
+    kills = 0
+    for _ in range(10):
+        if launch(tmp_path, after=draw.uniform(0.2, 1.6)):
+            break
+        kills += 1
+    assert kills >= 3
+    assert launch(tmp_path)
+    assert history(tmp_path) == uninterrupted[1]
+
+
+@pytest.mark.parametrize(("before", "then"), [(1, 2), (2, 1)])
+def test_killed_and_relaunched_on_another_mesh(
+    before: int, then: int, uninterrupted: dict[int, list[Any]], tmp_path: Path
+) -> None:
+    assert not launch(tmp_path, before, ("mid_step", 6), tuple(range(before)))
+    assert launch(tmp_path, then)
+    for ours, whole in zip(history(tmp_path), uninterrupted[1], strict=True):
+        assert (ours[0], ours[3]) == (whole[0], whole[3])
+        assert ours[1] == pytest.approx(whole[1], rel=1e-8) and ours[2] == pytest.approx(whole[2], rel=1e-8)
+
+
+def test_a_lost_step_is_seen(uninterrupted: dict[int, list[Any]], tmp_path: Path) -> None:
+    """The planted fault: a resume that forgets the data's state repeats samples, and the comparison finds it."""
+    assert not launch(tmp_path, kill=("mid_step", 6), ranks=(0,))
+    folder = tmp_path / "llm" / "checkpoints"
+    step = checkpoint.whole_steps(folder)
+    first = next(iter(step))
+    state_file = folder / f"step_{first:08d}" / "state.json"
+    state = json.loads(state_file.read_text())
+    for lane in state["data"].values():
+        lane["offset"] = 0
+    text = json.dumps(state)
+    marker = folder / f"step_{first:08d}" / "COMMITTED"
+    known = json.loads(marker.read_text())
+    state_file.write_text(text)
+    _recommit(marker, known, state_file)
+    assert launch(tmp_path)
+    assert history(tmp_path) != uninterrupted[1]
+
+
+def _recommit(marker: Path, known: dict[str, Any], changed: Path) -> None:
+    """Rewrite the marker so that the changed file counts as whole."""
+    text = json.dumps(known)
+    old = json.loads(text)
+    for section in old.values():
+        if isinstance(section, dict) and changed.name in section:
+            value = section[changed.name]
+            section[changed.name] = changed.stat().st_size if isinstance(value, int) else checkpoint._sha256(changed)
+    marker.write_text(json.dumps(old))
