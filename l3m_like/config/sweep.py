@@ -37,12 +37,10 @@ def sweep(config: Path, overrides: Sequence[str], failures: Failures) -> int:
     Raises:
         UserError: what is wrong with the sweep or, in lock-step, with one of its jobs.
     """
-    from l3m_like.distributed import mesh
-
     first = RunConfig.from_file(config, first_job(overrides))
-    rank, world_size = mesh.init_process_group() if failures.world_size > 1 else (0, 1)
-    if rank > 0:
-        while (told := mesh.broadcast_object(None)) is not None:
+    lockstep = failures.world_size > 1
+    if failures.rank > 0:
+        while (told := tell(None)) is not None:
             run_job(Job(*told))
         return 0
     digest = hashlib.sha1(repr((str(config), list(overrides))).encode()).hexdigest()[:6]
@@ -55,15 +53,22 @@ def sweep(config: Path, overrides: Sequence[str], failures: Failures) -> int:
         print(f"\n{write_table(folder)}\n{folder / 'sweep.csv'}", flush=True)
 
     failures.last_words = table
-    drive(config, overrides, folder, lockstep=world_size > 1)
-    if world_size > 1:
-        mesh.broadcast_object(None)
+    drive(config, overrides, folder, lockstep=lockstep)
+    if lockstep:
+        tell(None)
     failures.last_words = None
     table()
     failed = [record for record in records(folder) if record["status"] != "done"]
     for record in failed:
         print(f"error: job {record['job']} failed: {record['error']}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def tell(job: tuple[str, str, int, Sequence[str]] | None) -> tuple[str, str, int, Sequence[str]] | None:
+    """Rank 0 tells the others the next job (None: there is none); they call it to hear."""
+    from l3m_like.distributed import mesh
+
+    return mesh.broadcast_object(job)
 
 
 def first_job(overrides: Sequence[str]) -> list[str]:
@@ -87,13 +92,11 @@ def drive(config: Path, overrides: Sequence[str], folder: Path, *, lockstep: boo
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    from l3m_like.distributed import mesh
-
     def task(_: Any) -> float:
         settings = HydraConfig.get()
         job = Job(str(config), str(folder), int(settings.job.num), list(settings.overrides.task))
         if lockstep:
-            mesh.broadcast_object((job.config, job.sweep_dir, job.number, job.overrides))
+            tell((job.config, job.sweep_dir, job.number, job.overrides))
         try:
             return run_job(job)
         except Exception as error:

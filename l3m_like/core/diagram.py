@@ -124,7 +124,7 @@ class Diagram:
 
 
 def _place(path: str) -> tuple[str, str]:
-    """``preprocessor.noise`` -> (preprocessor, noise); ``loss.flow`` -> (loss, flow); ``encoder.trunk`` -> (encoder.trunk, "")."""
+    """preprocessor.noise -> (preprocessor, noise); loss.flow -> (loss, flow); encoder.trunk -> (encoder.trunk, "")."""
     names = path.split(".")
     at = next((i for i, name in enumerate(names) if name in PARTS or name == "loss"), 0) + 1
     return ".".join(names[:at]), ".".join(names[at:])

@@ -196,16 +196,6 @@ class _Nested(ReadWriteBlock):
         for _, block in self.model.blocks():
             yield from block.shard_units()
 
-    def flops(self, **ports: Any) -> int | None:
-        with torch.no_grad():
-            data, total = dict(ports), 0
-            for _, block in self.model.blocks():
-                part = block.flops(**{port: data[key] for port, key in block.reads.items() if key in data})
-                if part is None:
-                    return None
-                data, total = block(data), total + part
-        return total
-
     def _run(self, data: Data) -> Data:
         inside = self.model({key: data[key] for key in self._inputs if key in data})
         return {key: inside[key] for key in self._outputs}
@@ -270,6 +260,11 @@ class Tower(_Nested):
     @property
     def required(self) -> set[str]:
         return super().required - set(self._dummy)
+
+    @property
+    def optional_inputs(self) -> tuple[str, ...]:
+        """The keys that may be absent, or empty, on a rank."""
+        return tuple(self._dummy)
 
     def dummy(self, device: torch.device) -> dict[str, Tensor]:
         """One row of zeros per declared input."""

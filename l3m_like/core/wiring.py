@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from l3m_like.core.block import Data, ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.keys import KeySpec
-from l3m_like.core.meta_model import Graph, MetaModel, Series, Step
+from l3m_like.core.meta_model import Frozen, Graph, MetaModel, Series, Step, Tower
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,21 @@ class TraceRow:
     flops: int | None
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """A block that computes by itself, as the trace met it: at the top, or inside a frozen part or a tower."""
+
+    block: ReadWriteBlock
+    reads: dict[str, str]
+    ports: dict[str, Any]
+    frozen: Frozen | None
+    #: ``(key, rows)`` of the tower that it is in: FLOPs are those of so many rows
+    tower: tuple[str, int] | None
+
+    def flops(self) -> int | None:
+        return self.block.flops(**self.ports)
+
+
 class Trace:
     """The wiring, run once on meta tensors: shapes, dtypes and FLOPs of every block for one micro-batch.
 
@@ -197,7 +212,7 @@ class Trace:
     def __init__(self, wiring: Wiring, rows: int) -> None:
         self.wiring = wiring
         self.rows: list[TraceRow] = []
-        self._ports: list[tuple[str, ReadWriteBlock, dict[str, str], dict[str, Any]]] = []
+        self._leaves: list[Leaf] = []
         data: Data = {
             key: torch.empty(spec.shape(**_sizes(spec, rows)), dtype=spec.dtype, device="meta")
             for key, spec in wiring.provided.items()
@@ -210,9 +225,9 @@ class Trace:
     def _run(self, program: Program, data: Data) -> Data:
         for path, block in self.wiring.blocks(program):
             reads = {port: key for port, key in block.reads.items() if key in data}
-            ports = {port: data[key] for port, key in reads.items()}
-            flops = block.flops(**ports)
             try:
+                leaves = list(_leaves(block, data))
+                flops = [leaf.flops() for leaf in leaves]
                 after = block(data)
             except UserError:
                 raise
@@ -227,11 +242,11 @@ class Trace:
                     type(block).__name__,
                     _shapes({k: data[k] for k in reads.values()}),
                     _shapes(writes),
-                    flops,
+                    None if None in flops else sum(n or 0 for n in flops),
                 )
             )
             if not path.startswith("loss."):
-                self._ports.append((path, block, reads, ports))
+                self._leaves += leaves
                 data = after
         return data
 
@@ -240,10 +255,39 @@ class Trace:
         return [f"{row.path} ({row.block})" for row in self.rows if row.flops is None]
 
     def flops_by_block(self, batch: Mapping[str, Any] | None = None) -> Iterator[tuple[ReadWriteBlock, int]]:
-        """``(block, forward FLOPs of one micro-batch)``; with ``batch`` (CPU tensors), by its real document lengths."""
-        for _, block, reads, ports in self._ports:
-            real = {p: batch[k] for p, k in reads.items() if k in batch} if batch is not None else {}
-            yield block, block.flops(**(ports | real)) or 0
+        """``(block, forward FLOPs of one micro-batch)``; with ``batch`` (CPU tensors), by its real document lengths.
+
+        What is inside a frozen part comes with that part as its block; what is inside a tower counts by the rows that the
+        tower has in ``batch`` (none: its dummy is not counted).
+        """
+        for leaf in self._leaves:
+            block = leaf.frozen or leaf.block
+            if batch is None:
+                yield block, leaf.flops() or 0
+            elif leaf.tower is not None and leaf.tower[0] in self.wiring.provided:
+                key, traced = leaf.tower
+                yield block, (leaf.flops() or 0) * (len(batch[key]) if key in batch else 0) // traced
+            else:
+                real = {port: batch[key] for port, key in leaf.reads.items() if key in batch}
+                yield block, leaf.block.flops(**(leaf.ports | real)) or 0
+
+
+def _leaves(
+    block: ReadWriteBlock, data: Data, frozen: Frozen | None = None, tower: tuple[str, int] | None = None
+) -> Iterator[Leaf]:
+    """The blocks that compute, in ``block`` or below it. ``data`` holds meta tensors."""
+    if not isinstance(block, (Frozen, Tower)):
+        reads = {port: key for port, key in block.reads.items() if key in data}
+        yield Leaf(block, reads, {port: data[key] for port, key in reads.items()}, frozen, tower)
+        return
+    if isinstance(block, Frozen):
+        frozen = block
+    elif block.optional_inputs:
+        data = block.dummy(torch.device("meta")) | data
+        tower = block.optional_inputs[0], len(data[block.optional_inputs[0]])
+    for _, inner in block.model.blocks():
+        yield from _leaves(inner, data, frozen, tower)
+        data = inner(data)
 
 
 def _sizes(spec: KeySpec, rows: int) -> dict[str, int]:

@@ -64,7 +64,7 @@ def bench(cfg: RunConfig, steps: int = 20, *, warmup: int = 5, overhead: bool = 
 
     Returns:
         JSON values: ``seconds`` (of a step, median), ``parts`` (seconds of a step, medians), ``units`` (of a step; their name is
-        ``unit``), ``flops`` (of the model, per step, or None), ``mfu`` (None where the peak is not known), ``memory`` (peak, bytes:
+        ``unit``), ``flops`` (of the model, per step, or None), ``mfu`` (None where the peak is not known), ``memory`` (peak bytes
         of CUDA's allocator, else of the process), ``parameters``, ``all_seconds`` and ``losses`` (of the timed steps) and
         ``facts``. With ``overhead``: ``plain_seconds``, ``plain_losses``, ``ratio`` (of the medians), ``ratio_of_means``.
 
@@ -112,7 +112,6 @@ def summary(cfg: RunConfig, mesh: Mesh, watch: Watch, warmup: int) -> dict[str, 
     host = mesh.sum(torch.tensor([statistics.mean(units), statistics.mean(w or 0.0 for w in work)], dtype=torch.float64))
     per_step, flops_per_step = host.tolist()
     middle, peak = statistics.median(seconds), peak_flops(mesh)
-    cuda = mesh.device.type == "cuda"
     return {
         "config": cfg.experiment,
         "steps": len(seconds),
@@ -123,7 +122,7 @@ def summary(cfg: RunConfig, mesh: Mesh, watch: Watch, warmup: int) -> dict[str, 
         "units": per_step,
         "flops": flops_per_step or None,
         "mfu": flops_per_step / middle / peak if flops_per_step and peak else None,
-        "memory": torch.cuda.max_memory_allocated(mesh.device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory": _peak_memory(mesh.device),
         "parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "all_seconds": seconds,
         "losses": watch.losses({name: loss.weight for name, loss in run.losses.items()})[warmup:],
@@ -145,11 +144,13 @@ class Watch:
         #: per step, moments and what begins there
         self._marks: list[list[tuple[Any, str]]] = []
         self._inside: list[str] = []
+        self._within_step = False
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """Wrap the methods of ``PARTS`` and the loop's taking up of a batch."""
-        saved = [(owner, method, getattr(owner, method)) for owner, method, _ in (*PARTS, (Upcoming, "agreed", ""))]
+        wrapped: list[tuple[Any, str]] = [*((owner, method) for owner, method, _ in PARTS), (Upcoming, "agreed")]
+        saved = [(owner, method, getattr(owner, method)) for owner, method in wrapped]
         try:
             for owner, method, name in PARTS:
                 setattr(owner, method, self._timed(getattr(owner, method), name))
@@ -179,6 +180,7 @@ class Watch:
             if self.plain is not None:
                 self._wait()
             self._mark(OTHER)  # the end of the step before
+            self._within_step = False  # the plain loop calls backward too
             if len(self._marks) == self.wanted:
                 self._wait()
                 raise Watch.Enough
@@ -193,6 +195,7 @@ class Watch:
             self.batches.append(batch)
             self._terms.append([])
             self._marks.append([])
+            self._within_step = True
             self._mark(OTHER)
             return agreed(upcoming, mesh)
 
@@ -203,7 +206,7 @@ class Watch:
             torch.cuda.synchronize(self.device)
 
     def _mark(self, begins: str) -> None:
-        if not self._marks:  # before the first step
+        if not self._within_step:
             return
         moment: Any = time.perf_counter()
         if self.device.type == "cuda":
@@ -258,7 +261,9 @@ class PlainLoop:
                 raise UserError(f"bench --overhead: the loop written by hand needs {what}; change the config, or leave it out.")
         kind = type(model.trunk).__name__
         if kind not in FORWARDS:
-            raise UserError(f"bench --overhead: no loop is written by hand for the trunk {kind}; there are {', '.join(FORWARDS)}.")
+            raise UserError(
+                f"bench --overhead: none is written by hand for the trunk {kind}; there is one for {', '.join(FORWARDS)}."
+            )
         self.forward, self.count = FORWARDS[kind]
         materialize(model, mesh.device)
         initialize(model, cfg.seed)
@@ -344,6 +349,13 @@ def facts(mesh: Mesh) -> dict[str, Any]:
     }
 
 
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of CUDA's allocator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _processor() -> str:
     """The name of the CPU."""
     try:
@@ -355,13 +367,15 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The commit of the clone that this file lies in, "+" if it was changed since; None outside a clone."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+
+    def git(*words: str) -> str:
+        here = ["git", "-C", str(Path(__file__).parent)]
+        return subprocess.run([*here, *words], capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+" if changed else "")
 
 
 def table(result: Mapping[str, Any]) -> str:

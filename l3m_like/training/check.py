@@ -314,7 +314,8 @@ def _run_section(cfg: RunConfig, run: Plan, sizes: Mapping[str, int], processes:
     if run.dataset.pack.units_per_row > 1:
         step += f" = {global_batch * run.dataset.pack.units_per_row:,} {run.dataset.unit}"
     batch = f"{global_batch} global = {run.micro_rows} micro x {run.accumulation} accumulation x {dp} data-parallel"
-    compute = f"{parallel.precision}, activation checkpointing {parallel.checkpoint}, {'compiled' if parallel.compile else 'eager'}"
+    compute = f"{parallel.precision}, activation checkpointing {parallel.checkpoint}"
+    compute += ", compiled units" if parallel.compile else ""
     rows = [
         ("mesh", f"{processes} process{'es' if processes > 1 else ''}: {axes}"),
         ("batch", f"{batch}; a step is {step}"),
@@ -394,8 +395,8 @@ def _memory_section(
     rows.append(("total", _gb(total), f"at the worst moment, {worst.name}; an accelerator's context (1 GB) comes on top"))
     notes = [
         *(f"less {name}: {knob}" for name, _, _, knob in largest),
-        "Parameters and optimizer are exact. The rest is followed tensor by tensor through one micro-batch, forward and backward, on "
-        "the meta device: eager (compiled units need no more), fused attention, FSDP by its rules."
+        "Parameters and optimizer are exact. The rest is followed tensor by tensor through one micro-batch, forward and backward, "
+        "on the meta device: eager (compiled units need no more), fused attention, FSDP by its rules.",
     ]
     numbers = {name: size for name, size, _, _ in terms} | {"saved": activations.saved, "total": total}
     title = f"memory per rank ({processes} process{'es' if processes > 1 else ''})"

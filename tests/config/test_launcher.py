@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import faulthandler
 import importlib.util
 import json
 import multiprocessing
@@ -182,6 +183,7 @@ def rank_process(argv: Sequence[str], env: dict[str, str], folder: Path) -> None
     fake = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fake)
     sys.modules["l3m_like.training.train"] = fake
+    faulthandler.dump_traceback_later(45, file=sys.stderr)  # where it hangs, should it ever
     code = main(["--config", str(TOY), *argv])
     sys.stdout.flush()
     sys.stderr.flush()

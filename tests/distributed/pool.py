@@ -73,7 +73,10 @@ class Pool:
                 raise TaskFailed(f"{function.__name__}: ranks {sorted(pending)} did not answer within {timeout} s")
             for rank, pipe in list(pending.items()):
                 if pipe in ready:
-                    good, value = pipe.recv()
+                    try:
+                        good, value = pipe.recv()
+                    except EOFError:
+                        raise TaskFailed(f"rank {rank} of {len(self.pipes)} died in {function.__name__}") from None
                     if not good:
                         raise TaskFailed(f"rank {rank} of {len(self.pipes)} in {function.__name__}:\n{value}")
                     results[rank] = value

@@ -240,7 +240,8 @@ def draw(found: Trajectory, wanted: Trajectory, names: tuple[str, str], title: s
     above.set(ylabel="loss", title=title)
     above.legend()
     # a difference of zero has no logarithm: drawn at the resolution of a float32
-    below.plot(steps, [max(d, 1e-9) for d in differences(found.losses, wanted.losses)], color="tab:blue", marker=".", linewidth=0.8)
+    floored = [max(d, 1e-9) for d in differences(found.losses, wanted.losses)]
+    below.plot(steps, floored, color="tab:blue", marker=".", linewidth=0.8)
     below.axhline(LOSS, color="tab:red", linestyle="--", label="tolerance")
     below.set(yscale="log", ylim=(5e-10, 1e-4), xlabel="step", ylabel="relative difference")
     below.legend(loc="upper left")
@@ -267,7 +268,8 @@ def main(folder: Path) -> None:
             f"{weight_difference(found.averages, wanted.averages, 'k_proj.bias'):.2e}; "
             f"clipped in {sum(norm > clip for norm in found.norms)} of {len(found.norms)} steps"
         )
-        draw(found, wanted, ("l3m-like", label), f"{kind}.yaml, tiny, {STEPS} steps on one CPU core", folder / f"trajectory_{kind}.png")
+        title = f"{kind}.yaml, smaller: {STEPS} steps in float32"
+        draw(found, wanted, ("l3m-like", label), title, folder / f"trajectory_{kind}.png")
 
 
 if __name__ == "__main__":
