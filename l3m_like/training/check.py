@@ -395,8 +395,8 @@ def _memory_section(
     rows.append(("total", _gb(total), f"at the worst moment, {worst.name}; an accelerator's context (1 GB) comes on top"))
     notes = [
         *(f"less {name}: {knob}" for name, _, _, knob in largest),
-        "Parameters and optimizer are exact. The rest is followed tensor by tensor through one micro-batch, forward and backward, "
-        "on the meta device: eager (compiled units need no more), fused attention, FSDP by its rules.",
+        "Parameters and optimizer are exact. The rest is followed tensor by tensor through a forward and backward of one "
+        "micro-batch on the meta device: eager (compiled units need no more), fused attention, FSDP by its rules.",
     ]
     numbers = {name: size for name, size, _, _ in terms} | {"saved": activations.saved, "total": total}
     title = f"memory per rank ({processes} process{'es' if processes > 1 else ''})"

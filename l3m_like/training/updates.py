@@ -65,9 +65,13 @@ class Update:
         sums, weighted = {}, {}
         for name, loss in self.losses.items():
             value, count = loss.term(data, totals.get(name), mesh)
-            sums[name] = torch.stack((value.detach().double(), torch.as_tensor(count, device=value.device).double()))
             if loss.weight is not None:
                 weighted[name] = loss.weight * value / count
+            if not isinstance(count, Tensor):
+                count = torch.full(
+                    (), count, dtype=torch.float64, device=value.device
+                )  # a fill; a copy from the host would wait for the device
+            sums[name] = torch.stack((value.detach().double(), count.detach().double()))
         if self.adaptive is not None:
             weighted[self.adaptive.term] = weighted[self.adaptive.term] * self.adaptive.weight(weighted, mesh)
         for value in weighted.values():

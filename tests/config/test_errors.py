@@ -52,6 +52,7 @@ COMMAND_LINE_ERRORS = {
     "~model.dim": ["model.dim must be given", "Model", "toy.yaml"],
     "~batch": ["batch must be given"],
     "~data.train": ["data.train must be given"],
+    "model.parts.list.x=3": ["addresses a list by a name"],
     "loss.main=3": ["loss.main = 3", "_target_"],
     "updates.gen.terms=[mian]": ["updates.gen.terms", "there is no loss 'mian'", "Did you mean 'main'?"],
     "updates.gen.optim.lrr=1": ["updates.gen.optim.lrr = 1", "Did you mean 'lr'?"],

@@ -81,7 +81,8 @@ def test_nothing_overlaps() -> None:
 
 def documented() -> dict[str, tuple[str, list[str], list[str]]]:
     """``{key: (dtype, dimensions, further cells)}`` of docs/keys.md."""
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| \[(.*?)\] \| (.*) \|$", (ROOT / "docs" / "keys.md").read_text("utf-8"), re.MULTILINE)
+    text = (ROOT / "docs" / "keys.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| \[(.*?)\] \| (.*) \|$", text, re.MULTILINE)
     return {key: (dtype, dims.split(", "), [c.strip() for c in rest.split(" | ")]) for key, dtype, dims, rest in rows}
 
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_this_machine_is_well(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, str(ROOT / "run" / "doctor.py"), str(tmp_path)], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(ROOT / "run" / "doctor.py"), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     for part in ("python", "torch", "gpu", "gloo, 2 processes", "all-reduce works", "writable", "threads", "wandb", "errors: 0"):
         assert part in run.stdout
