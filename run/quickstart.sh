@@ -7,4 +7,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source run/environment.sh
 environment
+# Threads that wait for each other sleep instead of spinning: where other programs run too, that is several times as fast.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 exec "$PYTHON" run/quickstart.py "$@"

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from l3m_like.config import RunConfig
 from l3m_like.generate import Images
+from l3m_like.training.load import Loaded
+from l3m_like.training.load import load as real_load
 from tests.generate.tiny import save_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,9 +24,6 @@ sys.path.insert(0, str(ROOT / "run"))
 
 import quickstart  # noqa: E402
 import requirements  # noqa: E402
-
-SMALL_IMAGES = ["layers=1", "dim=16", "heads=2", "image_size=28", "patch=7"]
-
 
 # ---- the bigram model ----------------------------------------------------------------------------------------------------
 
@@ -88,9 +88,17 @@ def test_text_is_not_judged_on_other_symbols(tmp_path: Path, monkeypatch: pytest
 # ---- the images ------------------------------------------------------------------------------------------------------------
 
 
-def test_samples_and_their_picture(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "sit", "sit", *SMALL_IMAGES, "sample.steps=2", precision="fp32")
-    images = quickstart.generate_images(run, 100)
+def test_samples_and_their_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classes come in turn; the averaged weights of the run are asked for."""
+    asked = {}
+
+    def load(run: Path, ema: bool) -> Loaded:
+        asked.update(run=run, ema=ema)
+        return real_load(ROOT / "configs/experiment/sit.yaml", overrides=["layers=1", "dim=16", "heads=2", "sample.steps=2"])
+
+    monkeypatch.setattr(quickstart.l3m_like, "load", load, raising=False)
+    images = quickstart.generate_images(tmp_path / "sit", 100)
+    assert asked == {"run": tmp_path / "sit", "ema": True}
     assert images.images.shape == (100, 1, 28, 28)
     assert images.labels.bincount().tolist() == [10] * 10
     path = quickstart.labelled_grid(images, tmp_path / "new" / "samples.png")
@@ -129,8 +137,6 @@ def test_classifier_learns_what_is_easy_and_does_not_guess() -> None:
 
 
 def test_real_pictures() -> None:
-    from l3m_like.config import RunConfig
-
     cfg = RunConfig.from_file(ROOT / "configs/experiment/sit.yaml")
     images, labels = quickstart.pictures(cfg.instantiate("evals.heldout.data"))
     assert images.shape == (1000, 1, 28, 28)
@@ -186,14 +192,24 @@ def test_every_quickstart_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert names == ["quickstart", "quickstart_2", "quickstart_3"]
 
 
-def test_a_failed_training_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The launcher's error is what is seen, and its exit code is the quickstart's."""
-    (tmp_path / "sit").mkdir()
-    (tmp_path / "sit" / "config.yaml").write_text("steps: [", encoding="utf-8")
+def test_training_is_the_launchers_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full scale the config as it is; a failure (which the launcher has explained) ends the quickstart with its exit code."""
+    commands = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, returncode=0 if len(commands) < 3 else 3)
+
+    monkeypatch.setattr(quickstart.subprocess, "run", run)
+    assert quickstart.train("sit", tmp_path, 1.0) == tmp_path / "sit"
+    quickstart.train("llm", tmp_path, 0.1)
     with pytest.raises(SystemExit) as stopped:
-        quickstart.train("sit", tmp_path, 0.01)
-    assert stopped.value.code not in (0, None)
-    assert "error" in capfd.readouterr().err
+        quickstart.train("sit", tmp_path, 0.1)
+    assert stopped.value.code == 3
+    assert commands[0][1:4] == [str(ROOT / "run/launcher.py"), "--config", str(ROOT / "configs/experiment/sit.yaml")]
+    assert not any(word.startswith("steps=") for word in commands[0])
+    steps = RunConfig.from_file(ROOT / "configs/experiment/llm.yaml").steps
+    assert steps is not None and f"steps={steps // 10}" in commands[1]
 
 
 @pytest.mark.parametrize("scale", ["0", "-1", "1.5"])
@@ -235,10 +251,11 @@ def test_versions(requirement: str, found: str | None, met: bool, monkeypatch: p
 
 def test_an_existing_environment_is_taken_as_it_is(tmp_path: Path) -> None:
     """With PYTHON given nothing is made or installed, and the clone can be imported."""
-    shell = 'source run/environment.sh && environment dev && cd "$1" && exec "$PYTHON" -c "import l3m_like; print(l3m_like.__file__)"'
+    where = "import l3m_like; print(l3m_like.__file__)"
+    shell = 'source run/environment.sh; environment dev; cd "$1"; exec "$PYTHON" -c "$2"'
     before = {path.name for path in ROOT.iterdir()}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", shell, "bash", str(tmp_path)],
+        ["bash", "-euo", "pipefail", "-c", shell, "bash", str(tmp_path), where],
         cwd=ROOT,
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,

@@ -72,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             code = sweep(find_config(args.config), overrides, failures)
         elif args.check:
-            code = check(
-                RunConfig.from_file(args.config, overrides), model_only=args.check == "model", rank=rank, world_size=world_size
-            )
+            from l3m_like.training.check import check
+
+            code = check(RunConfig.from_file(args.config, overrides), model_only=args.check == "model")
         else:
             run(RunConfig.from_file(args.config, overrides))
             code = 0
@@ -94,18 +94,6 @@ def run(cfg: RunConfig) -> dict[str, Any]:
     if rank == 0:
         (cfg.run_dir / "result.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     return metrics
-
-
-def check(cfg: RunConfig, *, model_only: bool, rank: int, world_size: int) -> int:
-    """Everything short of training; rank 0 prints, all ranks return its exit code (0, or 2: data not checked)."""
-    from l3m_like.training.check import check as report
-
-    code = report(cfg, model_only=model_only)  # on all ranks: they build the mesh together
-    if world_size > 1:
-        from l3m_like.distributed import mesh
-
-        code = mesh.broadcast_object(code)
-    return int(code or 0)
 
 
 if __name__ == "__main__":

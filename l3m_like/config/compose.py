@@ -180,13 +180,13 @@ def hydra_errors(path: Path, folders: Sequence[Path]) -> Iterator[None]:
         raise UserError(
             f"{path.name}: its defaults name the file itself. Rename it, so that it differs from the shipped one."
         ) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = f" {error.__cause__}" if error.__cause__ is not None and str(error.__cause__) not in str(error) else ""
+        raise UserError(f"{path.name}: {str(error).strip()}{cause}") from error
     except ValueError as error:  # OmegaConf's bare one for a name where a list's index is needed
         raise UserError(
             f"{path.name}: an override addresses a list by a name; give its number or the whole list: {error}"
         ) from error
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = f" {error.__cause__}" if error.__cause__ is not None and str(error.__cause__) not in str(error) else ""
-        raise UserError(f"{path.name}: {str(error).strip()}{cause}") from error
 
 
 @contextlib.contextmanager

@@ -115,6 +115,8 @@ def convert(hint: Any, value: Any, path: str, where: Where, field: dataclasses.F
             items = [value] if isinstance(value, str) else value  # one pattern is a list of one
             (item,) = typing.get_args(option)
             return [convert(item, entry, f"{path}.{i}", where) for i, entry in enumerate(items)]
+        if origin is dict and value is None and field is not None and field.default_factory is not dataclasses.MISSING:
+            return {}  # `evals: null` in a derived file: none of them
         if origin is dict and isinstance(value, Mapping):
             _, item = typing.get_args(option)
             if metadata.get("section"):

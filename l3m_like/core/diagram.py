@@ -333,20 +333,21 @@ def _png(picture: Picture, path: Path, scale: float = 2.0) -> None:
     axes.axis("off")
     for order, s in enumerate(picture.shapes):
         if isinstance(s, Box):
-            style = f"round,pad=0,rounding_size={min(s.radius, s.width / 2, s.height / 2)}"
-            line = {"edgecolor": s.stroke, "linewidth": 1.4, "linestyle": (0, (4, 2.5)) if s.dashed else "solid"}
-            axes.add_patch(FancyBboxPatch((s.x, s.y), s.width, s.height, boxstyle=style, facecolor=s.fill, zorder=order, **line))
+            corners = f"round,pad=0,rounding_size={min(s.radius, s.width / 2, s.height / 2)}"
+            box = FancyBboxPatch((s.x, s.y), s.width, s.height, boxstyle=corners, facecolor=s.fill, zorder=order)
+            box.set(edgecolor=s.stroke, linewidth=1.4, linestyle=(0, (4, 2.5)) if s.dashed else "solid")
+            axes.add_patch(box)
         elif isinstance(s, Line):
-            style = {"linestyle": (0, (2, 2)) if s.dashed else "solid", "solid_capstyle": "butt"}
-            axes.plot((s.x1, s.x2), (s.y, s.y), color=s.colour, linewidth=s.width, zorder=order, **style)
+            (line,) = axes.plot((s.x1, s.x2), (s.y, s.y), color=s.colour, linewidth=s.width, zorder=order)
+            line.set(linestyle=(0, (2, 2)) if s.dashed else "solid", solid_capstyle="butt")
         elif isinstance(s, Head):
             points = ((s.x, s.y), (s.x - 9, s.y - 5), (s.x - 9, s.y + 5))
             axes.add_patch(Polygon(points, facecolor=s.colour, edgecolor="none", zorder=order))
         elif isinstance(s, Dot):
             axes.add_patch(Circle((s.x, s.y), s.radius, facecolor=s.colour, edgecolor="none", zorder=order))
         else:
-            font = {"family": "DejaVu Sans Mono" if s.mono else "DejaVu Sans", "weight": "bold" if s.bold else "normal"}
-            where = {"ha": "center" if s.middle else "left", "va": "baseline"}
             # DejaVu is wider than what browsers take
-            axes.text(s.x, s.y, s.text, fontsize=s.size * 0.92, color=s.colour, zorder=order, **font, **where)
+            text = axes.text(s.x, s.y, s.text, fontsize=s.size * 0.92, color=s.colour, zorder=order)
+            text.set(family="DejaVu Sans Mono" if s.mono else "DejaVu Sans", weight="bold" if s.bold else "normal")
+            text.set(ha="center" if s.middle else "left", va="baseline")
     figure.savefig(path)

@@ -5,6 +5,7 @@ Every shard draws only its own elements, so the initial weights are bitwise the 
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ _CHUNK = 1 << 22
 Sample = Callable[[int, str, Tensor, Tensor], Tensor]
 
 
-class Init:
+class Init(abc.ABC):
     """How one parameter starts. Subclasses define ``draw``."""
 
+    @abc.abstractmethod
     def draw(
         self, seed: int, name: str, index: Sequence[Tensor], shape: Sequence[int], *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
@@ -39,7 +41,6 @@ class Init:
         Returns:
             Tensor of shape ``[len(i) for i in index]`` on the device of ``index``, equal to that slice of the full draw.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

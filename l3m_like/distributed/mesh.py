@@ -14,6 +14,7 @@ Rows of a batch are dealt over dp_replicate x dp_shard.
 from __future__ import annotations
 
 import datetime
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -141,6 +142,18 @@ class Mesh:
             dist.all_reduce(values)
         return values
 
+    def agree(self, value: Tensor) -> Tensor:
+        """The mean of a device scalar over the ranks that hold copies of the same parameters.
+
+        They computed the same number, unless the arithmetic of one of them was off (a flipped bit, atomics in another
+        order); then they must still decide alike. A NaN on one is a NaN on all. No host sync.
+        """
+        for axis in ("dp_replicate", "tp"):
+            if self.size(axis) > 1:
+                value = value / self.size(axis)  # exact for powers of two: equal numbers stay as they are
+                dist.all_reduce(value, group=self[axis].get_group())
+        return value
+
     def sum_all_async(self, values: Tensor) -> Any:
         """Start a sum over every rank, in place; ``wait()`` on what comes back (None: there is one rank)."""
         return dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
@@ -158,10 +171,18 @@ def build_mesh(parallel: Mapping[str, int], device: torch.device | None = None) 
     sizes = axis_sizes(parallel, world_size)
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    device_mesh = init_device_mesh(device.type, tuple(sizes[axis] for axis in AXES), mesh_dim_names=AXES)
+    device_mesh, fsdp = _device_mesh(dist.group.WORLD, device.type, tuple(sizes[axis] for axis in AXES))
+    return Mesh(device_mesh, device, rank, world_size, sizes, fsdp)
+
+
+@functools.cache
+def _device_mesh(world: Any, device_type: str, sizes: tuple[int, ...]) -> tuple[DeviceMesh, DeviceMesh]:
+    """The mesh of these axes and what ``fully_shard`` gets. Made once per process group: the groups of its axes hold sockets
+    and threads for as long as the process lives, and a sweep runs many jobs in one process."""
+    device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+    size = dict(zip(AXES, sizes, strict=True))
     shard_axis = "dp_shard"
-    if sizes["cp"] > 1:
+    if size["cp"] > 1:
         device_mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
         shard_axis = "dp_shard_cp"
-    fsdp = device_mesh["dp_replicate", shard_axis] if sizes["dp_replicate"] > 1 else device_mesh[shard_axis]
-    return Mesh(device_mesh, device, rank, world_size, sizes, fsdp)
+    return device_mesh, device_mesh["dp_replicate", shard_axis] if size["dp_replicate"] > 1 else device_mesh[shard_axis]

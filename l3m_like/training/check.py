@@ -456,4 +456,3 @@ def _rich(console: Any, section: Section) -> None:
     for note in section.notes:
         console.print(Text(f"  {note}"))
     console.print()
-

@@ -124,9 +124,8 @@ def statistics(tensor: Tensor) -> dict[str, Any]:
     finite = wide[wide.isfinite()]
     numbers: dict[str, float | None] = dict.fromkeys(("mean", "std", "min", "max"))
     if finite.numel():
-        spread = finite.std(correction=0)
-        numbers = {"mean": finite.mean(), "std": spread, "min": finite.min(), "max": finite.max()}
-        numbers = {name: float(value) for name, value in numbers.items()}
+        found = {"mean": finite.mean(), "std": finite.std(correction=0), "min": finite.min(), "max": finite.max()}
+        numbers = {name: float(value) for name, value in found.items()}
     return described | numbers | {"nan": int(wide.isnan().sum()), "inf": int(wide.isinf().sum())}
 
 

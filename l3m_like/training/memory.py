@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -159,7 +159,7 @@ def tp_shape(parameter: Tensor) -> tuple[int, ...]:
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()
         for axis, placement in enumerate(parameter.placements):
-            if axis < len(names) and names[axis] == "tp" and placement.is_shard():
+            if axis < len(names) and names[axis] == "tp" and isinstance(placement, Shard):
                 shape[placement.dim] = -(-shape[placement.dim] // parameter.device_mesh.size(axis))
     return tuple(shape)
 
@@ -225,7 +225,7 @@ def measure_activations(
             ]
             kept_bytes, kept = _forward_backward(update, {**data, **carried}, live, mesh)
         saved, peak = max(saved, kept_bytes - whole), max(peak, live.peak_activations)
-        in_backward = Moment("in the backward pass", *live.at_peak, shards.gathered + shards.working)
+        in_backward = Moment("in the backward pass", live.at_peak[0], live.at_peak[1], shards.gathered + shards.working)
         left = live.gradients - shards.root_gradients  # the accumulated ones took the new ones in
         at_its_end = Moment(
             "when the last gradients are reduced", live.now - live.gradients, left, shards.gathered + shards.reduction

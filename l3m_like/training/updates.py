@@ -84,7 +84,7 @@ class Update:
         """Clip and step. Returns the gradient norm before clipping and whether the step was skipped, as device scalars."""
         sum_partial_gradients(self.tp_summed, mesh)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = gradient_norm(gradients)
+        norm = mesh.agree(gradient_norm(gradients))
         bad = self.guard.bad(norm)
         if self.settings.clip is not None:
             scale_gradients(gradients, (self.settings.clip / (norm + 1e-6)).clamp(max=1.0))

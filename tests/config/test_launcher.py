@@ -194,7 +194,7 @@ def rank_process(argv: Sequence[str], env: dict[str, str], folder: Path) -> None
 def processes(tmp_path: Path) -> Callable[..., Outcome]:
     """Run the launcher as n ranks, as torchrun or srun would start them; -> (exit codes, output of all, seconds)."""
 
-    def start(n: int, *argv: str, slurm: bool = False, **env: str) -> Outcome:
+    def start(n: int, *argv: str, slurm: bool = False, patience_s: float = 50.0, **env: str) -> Outcome:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -207,7 +207,7 @@ def processes(tmp_path: Path) -> Callable[..., Outcome]:
             started.append(multiprocessing.get_context("fork").Process(target=rank_process, args=(argv, place | env, tmp_path)))
             started[-1].start()
         for process in started:
-            process.join(50)
+            process.join(patience_s)
         outputs = [(tmp_path / f"output_{process.pid}.txt").read_text() for process in started]
         codes = [-1 if process.exitcode is None else process.exitcode for process in started]
         for process in started:
@@ -267,10 +267,10 @@ def assert_swept(folder: Path, out: str) -> None:
     assert len(list(table.parent.glob("*/seen_1.txt"))) == 6 and os.listdir(folder / "runs") == [table.parent.name]
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_sweep_in_lock_step(processes: Callable[..., Outcome], tmp_path: Path, times: int) -> None:
     for _ in range(times):
-        codes, out, _ = processes(2, *SWEEP)
+        codes, out, _ = processes(2, *SWEEP, patience_s=50.0 if times == 1 else 200.0)
         assert codes == [0, 0], out
         assert_swept(tmp_path, out)
         assert {path.name for path in tmp_path.iterdir() if path.suffix != ".txt"} == {"runs"}

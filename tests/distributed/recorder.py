@@ -57,16 +57,18 @@ SHORT = {
 
 @dataclass
 class Record:
-    """One rank's view of a run; tensors are whole, whatever the mesh."""
+    """One rank's view of a run; tensors are whole, whatever the mesh (and pieces until ``recorded`` returns)."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)  # as initialised
-    start: dict[str, Tensor] = field(default_factory=dict)  # perturbed: at the first step
-    gradients: list[dict[str, Tensor]] = field(default_factory=list)  # per optimizer step, before clipping
-    norms: list[Tensor] = field(default_factory=list)  # likewise
-    final: dict[str, Tensor] = field(default_factory=dict)  # weights after the last step
+    start: dict[str, Any] = field(default_factory=dict)  # perturbed: at the first step
+    gradients: list[dict[str, Any]] = field(default_factory=list)  # per optimizer step, before clipping
+    stepped: list[float] = field(default_factory=list)  # per optimizer step, the norm of what the optimizer got
+    trail: list[dict[str, Any]] = field(default_factory=list)  # weights after each step, where there is an average
+    average: dict[str, Any] = field(default_factory=dict)  # EMA after the last step
+    final: dict[str, Any] = field(default_factory=dict)  # weights after the last step
     draws: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (key, row) -> what a block wrote for that row
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl
-    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each update's optimizer, after the last step
+    state: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each update's optimizer, after the last step
 
     def column(self, name: str) -> list[Any]:
         return [row[name] for row in self.rows if name in row]
@@ -76,6 +78,44 @@ def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+@dataclass
+class Piece:
+    """This rank's part of a tensor. Wholes are put together by the test process: a gather per tensor and step is slow."""
+
+    local: Tensor
+    index: list[Tensor] | None  # per dimension, which part it is; None: all of it
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Piece:
+        from torch.distributed.tensor import DTensor
+
+        from l3m_like.distributed.gradients import local
+        from l3m_like.training.init import shard_index
+
+        return cls(local(tensor).detach().clone(), shard_index(tensor) if isinstance(tensor, DTensor) else None, tensor.shape)
+
+    def write(self, into: Tensor) -> None:
+        if self.index is None:
+            into.copy_(self.local)
+        elif self.local.numel():
+            into[torch.meshgrid(*self.index, indexing="ij")] = self.local
+
+
+def assemble(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    """Per rank: every tensor whole, from the pieces of all ranks, its own on top (so that copies that differ are seen)."""
+    assert all(set(pieces) == set(ranks[0]) for pieces in ranks)
+    views: list[dict[str, Tensor]] = [{} for _ in ranks]
+    for name, first in ranks[0].items():
+        base = torch.full(first.shape, torch.nan, dtype=first.local.dtype)
+        for pieces in ranks:
+            pieces[name].write(base)
+        for view, pieces in zip(views, ranks, strict=True):
+            view[name] = base.clone()
+            pieces[name].write(view[name])
+    return views
 
 
 @torch.no_grad()
@@ -93,16 +133,17 @@ def perturb(parameters: Mapping[str, nn.Parameter]) -> None:
 @contextmanager
 def recording(into: Record, drawn: Sequence[str] = ()) -> Iterator[None]:
     """Watch the one run that is made inside. ``drawn``: keys whose values are kept per row."""
-    from l3m_like.training import updates
+    from l3m_like.training import optim, updates
 
     prepare, norm = updates.Update.prepare, updates.gradient_norm
+    optimizer_step, average = optim.AdamW.step, optim.EMA.update
     made: list[Any] = []
     parameters: dict[str, nn.Parameter] = {}
 
     def prepare_and_perturb(self: Any, mesh: Any, guard: Any) -> None:
         into.weights |= {name: whole(p) for name, p in self.parameters.items()}
         perturb(self.parameters)
-        into.start |= {name: whole(p) for name, p in self.parameters.items()}
+        into.start |= {name: Piece.of(p) for name, p in self.parameters.items()}
         parameters.update(self.parameters)
         made.append(self)
         for part in self.parts.values() if drawn else ():
@@ -115,19 +156,28 @@ def recording(into: Record, drawn: Sequence[str] = ()) -> Iterator[None]:
             into.draws |= {(key, row): value.clone() for row, value in zip(out["row"].tolist(), out[key], strict=True)}
 
     def recorded_norm(gradients: Any) -> Tensor:
-        into.gradients.append({name: whole(p.grad) for name, p in parameters.items() if p.grad is not None})
-        value = norm(gradients)
-        into.norms.append(value.clone())
-        return value
+        into.gradients.append({name: Piece.of(p.grad) for name, p in parameters.items() if p.grad is not None})
+        return norm(gradients)
+
+    def recorded_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        into.stepped.append(float(norm([p.grad for group in self.param_groups for p in group["params"]])))
+        return optimizer_step(self, *args, **kwargs)
+
+    def recorded_average(self: Any, *args: Any) -> None:
+        average(self, *args)
+        into.trail.append({name: Piece.of(p) for name, p in self.parameters.items()})
+        into.average = {name: Piece.of(value) for name, value in self.average.items()}
 
     with (
         mock.patch.object(updates.Update, "prepare", prepare_and_perturb),
         mock.patch.object(updates, "gradient_norm", recorded_norm),
+        mock.patch.object(optim.AdamW, "step", recorded_step),
+        mock.patch.object(optim.EMA, "update", recorded_average),
         mock.patch("l3m_like.training.report.write_report", lambda *args: None),  # a second of matplotlib
     ):
         yield
-    into.final = {name: whole(p) for name, p in parameters.items()}
-    into.state = {update.name: {k: whole(v) for k, v in update.optimizer.named_state().items()} for update in made}
+    into.final = {name: Piece.of(p) for name, p in parameters.items()}
+    into.state = {update.name: {k: Piece.of(v) for k, v in update.optimizer.named_state().items()} for update in made}
 
 
 def run_one(cfg: Any, fault: Fault | None = None, drawn: Sequence[str] = ()) -> Record:
@@ -193,7 +243,19 @@ def recorded(cfg: Any, world: int, *, fault: Fault | None = None, drawn: Sequenc
     """``train(cfg)`` on ``world`` processes, in a folder of its own: one record per rank."""
     with tempfile.TemporaryDirectory() as folder:
         cfg.run.dir = folder
-        return pool.run(world, run_one, cfg, fault, tuple(drawn), timeout=timeout)
+        records = pool.run(world, run_one, cfg, fault, tuple(drawn), timeout=timeout)
+    for name in ("start", "final", "average"):
+        for record, view in zip(records, assemble([getattr(record, name) for record in records]), strict=True):
+            setattr(record, name, view)
+    for name in ("gradients", "trail"):
+        for step in range(len(getattr(records[0], name))):
+            views = assemble([getattr(record, name)[step] for record in records])
+            for record, view in zip(records, views, strict=True):
+                getattr(record, name)[step] = view
+    for update in records[0].state:
+        for record, view in zip(records, assemble([record.state[update] for record in records]), strict=True):
+            record.state[update] = view
+    return records
 
 
 @functools.cache

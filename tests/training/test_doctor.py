@@ -13,6 +13,7 @@ from l3m_like.training import doctor
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(180)  # four processes import torch
 def test_this_machine_is_well(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "run" / "doctor.py"), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

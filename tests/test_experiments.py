@@ -1,0 +1,98 @@
+"""Every shipped experiment: composed, built on the meta device and planned at full size; the tiny ones also train and go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import l3m_like
+from l3m_like.config import RunConfig
+from l3m_like.training.train import plan
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "experiment"
+EXPERIMENTS = sorted(path for path in CONFIGS.rglob("*.yaml") if "preset" not in path.parts)
+#: those that train on shipped data
+TINY = [path for path in EXPERIMENTS if "shipped:" in path.read_text(encoding="utf-8")]
+#: published, or (tiny ones) counted by hand in `test_tiny_sizes`
+PARAMETERS = {"llama3_8b": 8_030_261_248, "qwen3_0.6b": 596_049_920, "sit_xl2": 674_834_720}
+MOST_LINES = {"llm": 70, "sit": 90}
+
+
+def name_of(path: Path) -> str:
+    return path.stem
+
+
+def test_experiments_are_found() -> None:
+    names = {path.stem for path in EXPERIMENTS}
+    assert {"llm", "sit", *PARAMETERS} <= names
+    assert {path.stem for path in TINY} >= {"llm", "sit"}
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_plan(path: Path) -> None:
+    """All that --check needs works at full size, and takes no memory."""
+    cfg = RunConfig.from_file(path)
+    run = plan(cfg, dp_size=1)
+    parameters = dict(run.model.named_parameters())
+    assert all(parameter.is_meta for parameter in parameters.values())
+    if path.stem in PARAMETERS:
+        assert sum(parameter.numel() for parameter in parameters.values()) == PARAMETERS[path.stem]
+    for name, _ in cfg.evals.items():
+        cfg.instantiate(f"evals.{name}.data")
+    if cfg.sample is not None:
+        cfg.instantiate("sample")
+    assert run.steps and run.micro_rows * run.accumulation == cfg.batch.global_
+    assert all(graph.steps for update in run.updates for graph in update.graphs.values())
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_saved_config_is_the_same_run(path: Path, tmp_path: Path) -> None:
+    cfg = RunConfig.from_file(path)
+    cfg.save(tmp_path)
+    again = RunConfig.from_file(tmp_path / "config.yaml")
+    assert again.to_dict() == cfg.to_dict() | {"run": again.to_dict()["run"]}
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_file_is_short(path: Path) -> None:
+    """One experiment is one file that fits a screen or two; sizes of a model are a few knobs."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES.get(path.stem, 15)
+    assert max(map(len, lines)) <= 140
+    assert lines[0].startswith("# "), "the first line says what it is"
+
+
+@pytest.mark.parametrize("path", TINY, ids=name_of)
+def test_header_names_its_own_command(path: Path) -> None:
+    assert f"--config configs/experiment/{path.name}" in path.read_text(encoding="utf-8").split("\n\n")[0]
+
+
+@pytest.mark.parametrize("path", TINY, ids=name_of)
+def test_trains_and_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Three steps, then two more from the checkpoint: the losses are those of five steps in one go."""
+    monkeypatch.chdir(tmp_path)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+
+    def losses(name: str, steps: int) -> list[float]:
+        # a schedule without an end, or the first three of five steps would differ from three steps
+        flat = ["schedule.name=constant", "schedule.warmup=0", "schedule.floor=0"]
+        short = [f"run.name={name}", f"steps={steps}", "batch.global=4", "log.console=false", "deterministic=true"]
+        seldom = ["evals.heldout.every=null", "evals.heldout.samples=4", "checkpoint.every=null"]
+        metrics = l3m_like.train(RunConfig.from_file(path, [*flat, *short, *seldom]))
+        assert metrics["step"] == steps
+        assert torch.tensor([metrics["loss"], metrics["heldout/loss"]]).isfinite().all()
+        rows = map(json.loads, (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines())
+        return [row["loss"] for row in rows if "loss" in row]
+
+    torch.manual_seed(0)
+    first = losses("interrupted", 3)
+    both = losses("interrupted", 5)
+    torch.manual_seed(1)  # a stream of random numbers that nothing may depend on
+    assert both == losses("whole", 5)
+    assert both[:3] == first and len(both) == 5
+    saved = yaml.safe_load((tmp_path / "runs" / "whole" / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["steps"] == 5
