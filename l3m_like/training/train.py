@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from l3m_like.config import RunConfig, start_run
+from l3m_like.core.diagram import Diagram
 from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import MetaModel, as_model
 from l3m_like.core.wiring import Trace, Wiring, check_wiring, parts_of
@@ -29,6 +30,7 @@ from l3m_like.distributed.mesh import build_mesh, gather_objects
 from l3m_like.distributed.parallelize import parallelize
 from l3m_like.training.checkpoint import Checkpointer
 from l3m_like.training.control import Signals, fetch, seed_streams
+from l3m_like.training.debug import Debug
 from l3m_like.training.evaluate import Evaluations, to_device
 from l3m_like.training.flops import StepFlops, peak_flops
 from l3m_like.training.init import init_specs, initialize, materialize, random_weights
@@ -154,6 +156,11 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     stamp["parameters"] = sum(p.numel() for p in trainable.values())
     peak = peak_flops(mesh)
     reporter = Reporter(cfg.log, run_dir, mesh.is_main, step, stamp, total=steps, peak_flops=peak, run_id=cfg.run.id)
+
+    if mesh.is_main:
+        Diagram.of(run.trace).save(run_dir / "diagram.svg")
+    if cfg.debug:
+        closing.callback(Debug(parts, run_dir, rank=mesh.rank).close)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
     signals = Signals()
