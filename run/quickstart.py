@@ -84,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=float(os.environ.get("QUICKSTART_SCALE", "1")),
         help="of the number of training steps (default: QUICKSTART_SCALE or 1); below 1 the claims are only printed",
     )
-    parser.add_argument("--out", type=Path, help="a new folder for the results (default: runs/quickstart, or the next free number)")
+    parser.add_argument(
+        "--out", type=Path, help="a new folder for the results (default: runs/quickstart, or the next free number)"
+    )
     args = parser.parse_args(argv)
     if not 0 < args.scale <= 1:
         parser.error(f"--scale is {args.scale}; it is above 0 and at most 1")

@@ -1,7 +1,7 @@
 """What setup.py asks for and this interpreter lacks. For environment.sh; the standard library is enough to run it.
 
-    python run/requirements.py missing [EXTRA]    the requirements that are not met, one a line
-    python run/requirements.py pins               constraints.txt without what is installed: what is there stays as it is
+python run/requirements.py missing [EXTRA]    the requirements that are not met, one a line
+python run/requirements.py pins               constraints.txt without what is installed: what is there stays as it is
 """
 
 from __future__ import annotations

@@ -153,6 +153,8 @@ class ReadWriteBlock(nn.Module):
 class Wrap(ReadWriteBlock):
     """Any ``nn.Module`` as a block: ``module(*reads in order) -> writes``.
 
+    Floating-point inputs are cast to the dtype of the module's (first) weight, as the library's own layers do themselves.
+
     Args:
         module: called with the tensors of ``reads`` in file order; a single tensor, a tuple, or a mapping comes back.
         reads: ``{any name: key}``, in the order of the module's arguments.
@@ -173,5 +175,9 @@ class Wrap(ReadWriteBlock):
         return dict.fromkeys(self._names, False)
 
     def compute(self, **ports: Tensor) -> Any:
-        out = self.module(*(ports[name] for name in self._names))
+        weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        inputs = [ports[name] for name in self._names]
+        if weight is not None:
+            inputs = [x.to(weight.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+        out = self.module(*inputs)
         return tuple(out[name] for name in self.outputs) if isinstance(out, Mapping) else out

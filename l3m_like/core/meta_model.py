@@ -206,7 +206,7 @@ class Frozen(_Nested):
 
     Args:
         model: what is frozen.
-        dtype: of its parameters and floating-point inputs (None: as they are).
+        dtype: of its parameters, in which it computes whatever the run's precision is (None: that of the run).
         random_weights: accept that no weights were loaded; it is printed and stamped into every report.
     """
 
@@ -217,8 +217,12 @@ class Frozen(_Nested):
         self.random_weights = random_weights
         self.loaded_from: str | None = None  # set by whoever loads the weights
         self.model.requires_grad_(False)
+        self.dtype: torch.dtype | None = None
         if dtype is not None:
-            self.model.to(getattr(torch, dtype))
+            self.dtype = getattr(torch, dtype, None)
+            if not isinstance(self.dtype, torch.dtype):
+                raise UserError(f"Frozen.dtype: there is no dtype '{dtype}'. {did_you_mean(dtype, ('float32', 'bfloat16', 'float16'))}")
+            self.model.to(self.dtype)
         self.train(False)
 
     def train(self, mode: bool = True) -> Frozen:

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.core.meta_model import Frozen, MetaModel, Tower, walk
+from l3m_like.core.meta_model import Frozen, MetaModel, Tower
 from l3m_like.distributed.mesh import Mesh
 
 # blocks return new tensors and never write into one in place, so a root that returns views is safe
@@ -157,11 +157,14 @@ def apply_fsdp(part: MetaModel, units: list[nn.Module], mesh: Mesh, precision: s
         reduce_dtype=torch.float32 if precision == "bf16" else None,
         cast_forward_inputs=False,
     )
-    for unit in units:
-        fully_shard(unit, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    for _, block in walk(part):
-        if isinstance(block, (Frozen, Tower)) and any(True for _ in block.parameters()):
-            fully_shard(block.model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    nested = [module for module in part.modules() if isinstance(module, (Frozen, Tower)) and any(True for _ in module.parameters())]
+    # a frozen part with a dtype of its own computes in it
+    own = {id(inner) for module in nested if isinstance(module, Frozen) and module.dtype is not None for inner in module.modules()}
+    as_stored = MixedPrecisionPolicy(cast_forward_inputs=False)
+    # units first, then what holds them, from the inside out
+    for module in [*units, *(module.model for module in reversed(nested))]:
+        chosen = as_stored if id(module) in own else policy
+        fully_shard(module, mesh=mesh.fsdp, mp_policy=chosen, reshard_after_forward=reshard_after_forward)
     fully_shard(part, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
     for module in part.modules():
         if isinstance(module, FSDPModule):

@@ -100,6 +100,33 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: floa
         raise
 
 
+def alone(function: Callable[..., Any], *args: Any, timeout: float = 55.0) -> Any:
+    """Run ``function(*args)`` in a forked process without a process group; what it returns."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def work() -> None:
+        try:
+            theirs.send((True, function(*args)))
+        except BaseException:
+            theirs.send((False, traceback.format_exc()))
+        os._exit(0)
+
+    process = context.Process(target=work, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(timeout):
+            raise TaskFailed(f"{function.__name__} did not answer within {timeout} s")
+        good, value = ours.recv()
+    finally:
+        process.kill()
+        process.join()
+    if not good:
+        raise TaskFailed(f"{function.__name__}:\n{value}")
+    return value
+
+
 @atexit.register
 def _close_all() -> None:
     for pool in _pools.values():

@@ -142,7 +142,6 @@ def same_state(found: list[Record], reference: Record) -> None:
         *(({}, nan_at_1), ({"dp_shard": 2}, nan_at_1), ({"tp": 2}, infinity_at_1)),
         *(pytest.param(axes, nan_at_1, marks=pytest.mark.slow) for axes in (BOTH, {"dp_replicate": 2, "dp_shard": 2}, {"tp": 2})),
     ],
-    ids=str,
 )
 def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(settings: dict[str, Any], fault: Any) -> None:
     """Weights, averages, moments and step counts are those of the run that ends one step earlier, bit by bit."""
