@@ -95,8 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     stages.begin("Train a tiny image model (a SiT) on 9,000 pictures of clothes")
     sit = train("sit", out, args.scale)
-    stages.begin(f"Generate {SAMPLES} images, each of a given class")
-    images = generate_images(sit, scaled(SAMPLES, args.scale, at_least=PER_CLASS * len(CLASSES)))
+    samples = scaled(SAMPLES, args.scale, at_least=PER_CLASS * len(CLASSES))
+    stages.begin(f"Generate {samples} images, each of a given class")
+    images = generate_images(sit, samples)
     picture = labelled_grid(images, out / "samples.png")
     print(f"The first {PER_CLASS} of each class: {picture}")
     stages.begin("Train a classifier on the same pictures, to judge the generated ones")

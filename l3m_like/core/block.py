@@ -94,6 +94,8 @@ class ReadWriteBlock(nn.Module):
 
     def read_ports(self) -> dict[str, bool]:
         """``{port: is optional}`` from the signature of ``compute``."""
+        if type(self).compute is ReadWriteBlock.compute:
+            raise UserError(f"{type(self).__name__} does not define compute(...).")
         ports = {}
         for name, parameter in inspect.signature(self.compute).parameters.items():
             if name == "outputs" and self.optional_outputs:

@@ -239,11 +239,27 @@ def world_size(settings: Mapping[str, Any]) -> int:
     return settings.get("dp_shard", 1) * settings.get("dp_replicate", 1) * settings.get("tp", 1)
 
 
-def recorded(cfg: Any, world: int, *, fault: Fault | None = None, drawn: Sequence[str] = (), timeout: float = 55.0) -> list[Record]:
+def run_twice(cfg: Any, fault: Fault | None = None, drawn: Sequence[str] = ()) -> Record:
+    """On one rank: the run up to its last step but one, then the same command again."""
+    short = copy.deepcopy(cfg)
+    short.steps -= 1
+    run_one(short)
+    return run_one(cfg, fault, drawn)
+
+
+def recorded(
+    cfg: Any,
+    world: int,
+    *,
+    task: Callable[..., Record] = run_one,
+    fault: Fault | None = None,
+    drawn: Sequence[str] = (),
+    timeout: float = 55.0,
+) -> list[Record]:
     """``train(cfg)`` on ``world`` processes, in a folder of its own: one record per rank."""
     with tempfile.TemporaryDirectory() as folder:
         cfg.run.dir = folder
-        records = pool.run(world, run_one, cfg, fault, tuple(drawn), timeout=timeout)
+        records = pool.run(world, task, cfg, fault, tuple(drawn), timeout=timeout)
     for name in ("start", "final", "average"):
         for record, view in zip(records, assemble([getattr(record, name) for record in records]), strict=True):
             setattr(record, name, view)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -10,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from l3m_like.core import Frozen, MetaModel, ReadWriteBlock, UserError, Wrap
+from l3m_like.losses import Loss
 from tests.distributed import pool
-from tests.distributed.recorder import experiment
+from tests.distributed.recorder import experiment, recorded, toy
+from tests.distributed.toys import VECTORS
+from tests.parity.rule import check_gradients
 
 MODES: list[dict[str, Any]] = [
     *({"checkpointing": mode} for mode in ("none", "full", "selective", 2)),
@@ -198,10 +200,8 @@ class Student(ReadWriteBlock):
 
 
 def distilled(dtype: str | None = None, **settings: Any) -> dict[str, Any]:
-    from tests.training.test_updates import GAN
-
     return {
-        "data": copy.deepcopy(GAN["data"]),
+        "data": VECTORS,
         "model": {
             "_target_": "l3m_like.core.MetaModel",
             "stream": "data",
@@ -212,26 +212,15 @@ def distilled(dtype: str | None = None, **settings: Any) -> dict[str, Any]:
     }
 
 
-def _sum_loss() -> type:
-    from l3m_like.losses import Loss
+class Sum(Loss):
+    def compute(self, loss: Tensor) -> Tensor:
+        return loss.to(torch.promote_types(loss.dtype, torch.float32)).sum()
 
-    class Sum(Loss):
-        def compute(self, loss: Tensor) -> Tensor:
-            return loss.to(torch.promote_types(loss.dtype, torch.float32)).sum()
-
-        def count(self, kept: Tensor) -> Tensor:
-            return torch.tensor(len(kept))
-
-    return Sum
-
-
-Sum = _sum_loss()
+    def count(self, kept: Tensor) -> Tensor:
+        return torch.tensor(len(kept))
 
 
 def test_a_frozen_part_is_not_trained() -> None:
-    from tests.distributed.recorder import recorded, toy
-    from tests.parity.rule import check_gradients
-
     alone = recorded(toy(distilled(random_weights=True)), 1)[0]
     for settings, ranks in (({"dp_shard": 2}, 2), ({"micro": 2}, 1)):
         for record in recorded(toy(distilled(random_weights=True), **settings), ranks):
@@ -243,8 +232,6 @@ def test_a_frozen_part_is_not_trained() -> None:
 
 
 def test_random_weights_must_be_wanted() -> None:
-    from tests.distributed.recorder import recorded, toy
-
     with pytest.raises(pool.TaskFailed, match="preprocessor.teacher is Frozen, but no weights were loaded into it.*random_weights: true"):
         recorded(toy(distilled()), 1)
 

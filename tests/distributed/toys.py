@@ -100,6 +100,17 @@ class AsVector:
         return sample
 
 
+#: the `data` section of a run on them
+VECTORS: dict[str, Any] = {
+    "train": {
+        "_target_": "l3m_like.data.Dataset",
+        "source": {"_target_": "tests.distributed.toys.Vectors"},
+        "process": {"_target_": "tests.distributed.toys.AsVector"},
+        "pack": {"_target_": "l3m_like.data.Stack"},
+    }
+}
+
+
 class Encode(ReadWriteBlock):
     outputs = ("code",)
 

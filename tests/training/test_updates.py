@@ -16,19 +16,13 @@ from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError
 from l3m_like.data import Loader
-from tests.distributed.recorder import Record, recorded, toy, world_size
+from tests.distributed.recorder import Record, recorded, run_twice, toy, world_size
+from tests.distributed.toys import VECTORS
 from tests.parity.rule import check_gradients
 
 TOYS = "tests.distributed.toys."
 GAN: dict[str, Any] = {
-    "data": {
-        "train": {
-            "_target_": "l3m_like.data.Dataset",
-            "source": {"_target_": TOYS + "Vectors"},
-            "process": {"_target_": TOYS + "AsVector"},
-            "pack": {"_target_": "l3m_like.data.Stack"},
-        }
-    },
+    "data": VECTORS,
     "model": {
         "auto": {
             "_target_": "l3m_like.core.MetaModel",
@@ -166,6 +160,20 @@ def test_an_update_that_does_not_run_changes_nothing() -> None:
         assert torch.equal(never.start[name], never.final[name]) == name.startswith("critic."), name
 
 
+@pytest.mark.parametrize("settings", [{}, {"dp_shard": 2}], ids=str)
+def test_two_updates_resume(settings: dict[str, Any]) -> None:
+    """Stopped after two of three steps and started again: the same run, bit by bit."""
+    whole = run(gan(), **settings) if settings else [plain()]
+    for record, reference in zip(recorded(toy(gan(), **settings), world_size(settings), task=run_twice), whole, strict=True):
+        assert len(record.gradients) == 2  # one step, two updates
+        for name, value in reference.final.items():
+            assert torch.equal(record.final[name], value), name
+        for update, state in reference.state.items():
+            for name, value in state.items():
+                assert torch.equal(record.state[update][name], value), name
+        assert record.column("loss") == reference.column("loss")
+
+
 @contextmanager
 def all_trained() -> Iterator[None]:
     from l3m_like.training.updates import Update
@@ -273,7 +281,7 @@ def test_adaptive_weight_refuses_wrong_names(adaptive: dict[str, Any], message: 
 def late(loss: str) -> dict[str, Any]:
     """An autoencoder whose mask, and so its count, is drawn in the model."""
     return {
-        "data": GAN["data"],
+        "data": VECTORS,
         "model": GAN["model"]["auto"]
         | {"preprocessor": {"mask": {"_target_": TOYS + "DrawMask"}, "encode": {"_target_": TOYS + "Encode"}}},
         "loss": {"late": {"_target_": TOYS + loss, "stream": "data"}},
