@@ -137,8 +137,9 @@ class Failures:
             first = self._store.add("count", 1) == 1
             self._store.set("failed", "1")
             return first
-        except Exception:
-            return not self._over.is_set() and self.debug  # the store went with rank 0, which printed
+        except Exception:  # the store was in rank 0, which leaves last when it fails in an orderly way: so it was killed
+            print(f"error: rank {self.rank} of {self.world_size} lost its connection to rank 0, which is gone", file=sys.stderr)
+            return self.debug
 
     def _print(self, error: BaseException) -> None:
         sys.stdout.flush()

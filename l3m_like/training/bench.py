@@ -66,7 +66,8 @@ def bench(cfg: RunConfig, steps: int = 20, *, warmup: int = 5, overhead: bool = 
         JSON values: ``seconds`` (of a step, median), ``parts`` (seconds of a step, medians), ``units`` (of a step; their name is
         ``unit``), ``flops`` (of the model, per step, or None), ``mfu`` (None where the peak is not known), ``memory`` (peak bytes
         of CUDA's allocator, else of the process), ``parameters``, ``all_seconds`` and ``losses`` (of the timed steps) and
-        ``facts``. With ``overhead``: ``plain_seconds``, ``plain_losses``, ``ratio`` (of the medians), ``ratio_of_means``.
+        ``facts``. With ``overhead``: ``plain_seconds``, ``plain_losses``, ``ratio`` (of the medians), ``ratio_of_means``,
+        ``ratio_of_cpu_time`` (of the medians of this process's processor time, which others on the machine disturb less).
 
     Raises:
         UserError: numbers out of range; a run that ``PlainLoop`` does not cover.
@@ -94,6 +95,7 @@ def bench(cfg: RunConfig, steps: int = 20, *, warmup: int = 5, overhead: bool = 
             result |= {
                 "ratio": result["seconds"] / statistics.median(theirs),
                 "ratio_of_means": sum(result["all_seconds"]) / sum(theirs),
+                "ratio_of_cpu_time": statistics.median(watch.cpu[warmup + 1 :]) / statistics.median(watch.plain_cpu[warmup:]),
                 "plain_seconds": statistics.median(theirs),
                 "plain_losses": torch.stack(plain.losses[warmup:]).tolist(),
             }
@@ -140,6 +142,10 @@ class Watch:
         self.device, self.wanted, self.plain = device, steps, plain
         self.batches: list[Step] = []
         self.plain_seconds: list[float] = []
+        #: processor time of this process; a first entry is that of all before the first step
+        self.cpu: list[float] = []
+        self.plain_cpu: list[float] = []
+        self._cpu_before = time.process_time()
         self._terms: list[list[Mapping[str, Tensor]]] = []
         #: per step, moments and what begins there
         self._marks: list[list[tuple[Any, str]]] = []
@@ -181,6 +187,7 @@ class Watch:
                 self._wait()
             self._mark(OTHER)  # the end of the step before
             self._within_step = False  # the plain loop calls backward too
+            self.cpu.append(self._cpu_seconds())
             if len(self._marks) == self.wanted:
                 self._wait()
                 raise Watch.Enough
@@ -192,14 +199,21 @@ class Watch:
                 self.plain(batch)
                 self._wait()
                 self.plain_seconds.append(time.perf_counter() - began)
+                self.plain_cpu.append(self._cpu_seconds())
             self.batches.append(batch)
             self._terms.append([])
             self._marks.append([])
             self._within_step = True
+            self._cpu_seconds()
             self._mark(OTHER)
             return agreed(upcoming, mesh)
 
         return between
+
+    def _cpu_seconds(self) -> float:
+        """Processor time since the last call."""
+        before, self._cpu_before = self._cpu_before, time.process_time()
+        return self._cpu_before - before
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -396,6 +410,8 @@ def table(result: Mapping[str, Any]) -> str:
     }
     if "ratio" in result:
         rows["plain loop"] = f"{1e3 * result['plain_seconds']:.1f} ms"
-        rows["ratio"] = f"{result['ratio']:.3f} (medians), {result['ratio_of_means']:.3f} (means)"
+        rows["ratio"] = (
+            f"{result['ratio']:.3f} (medians), {result['ratio_of_means']:.3f} (means), {result['ratio_of_cpu_time']:.3f} (processor time)"
+        )
     width = max(map(len, rows))
     return "\n".join([f"{result['config']}, {about['date']}", *(f"  {name.ljust(width)}  {text}" for name, text in rows.items())])

@@ -6,6 +6,7 @@ The loop reduces over all ranks, as a real one does, so that ranks out of step w
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import types
@@ -32,6 +33,8 @@ def train(cfg: Any) -> dict[str, float]:
             if rank == 0:
                 time.sleep(100)
             raise UserError("rank 1 is the one that knows why")
+        if fault == f"kill_rank_{rank}" and step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         if fault == f"crash_rank_{rank}" and step == 1:
             raise RuntimeError("out of paper")
         if fault.startswith("bad_dim_") and cfg.model["dim"] == int(fault.removeprefix("bad_dim_")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import faulthandler
 import importlib.util
 import json
 import multiprocessing
@@ -183,7 +182,6 @@ def rank_process(argv: Sequence[str], env: dict[str, str], folder: Path) -> None
     fake = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fake)
     sys.modules["l3m_like.training.train"] = fake
-    faulthandler.dump_traceback_later(45, file=sys.stderr)  # where it hangs, should it ever
     code = main(["--config", str(TOY), *argv])
     sys.stdout.flush()
     sys.stderr.flush()
@@ -246,6 +244,13 @@ def test_an_error_is_printed_once_and_ends_every_rank(
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(ours) == 1 and message in ours[0], errors
     assert "Traceback" not in errors
+
+
+def test_rank_0_killed_is_told_by_the_others(processes: Callable[..., Outcome]) -> None:
+    """Here rank 0 hosts the store, as under srun: the other ranks lose the channel itself."""
+    codes, errors, seconds = processes(2, FAKE_FAULT="kill_rank_0")
+    assert codes == [-9, 1] and seconds < 30
+    assert "error: rank 1 of 2 lost its connection to rank 0" in errors and "Traceback" not in errors
 
 
 def test_a_crash_shows_its_own_trace_only(processes: Callable[..., Outcome]) -> None:

@@ -160,7 +160,7 @@ def recording(into: Record, drawn: Sequence[str] = ()) -> Iterator[None]:
         return norm(gradients)
 
     def recorded_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        into.stepped.append(float(norm([p.grad for group in self.param_groups for p in group["params"]])))
+        into.stepped.append(float(norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])))
         return optimizer_step(self, *args, **kwargs)
 
     def recorded_average(self: Any, *args: Any) -> None:
@@ -180,12 +180,14 @@ def recording(into: Record, drawn: Sequence[str] = ()) -> Iterator[None]:
     into.state = {update.name: {k: Piece.of(v) for k, v in update.optimizer.named_state().items()} for update in made}
 
 
-def run_one(cfg: Any, fault: Fault | None = None, drawn: Sequence[str] = ()) -> Record:
-    """On one rank: ``train(cfg)``, recorded, with a fault if there is one."""
+def run_one(cfg: Any, fault: Fault | None = None, drawn: Sequence[str] = (), *, saves: bool = False) -> Record:
+    """On one rank: ``train(cfg)``, recorded, with a fault if there is one; without checkpoints unless ``saves``."""
+    from l3m_like.training.checkpoint import Checkpointer
     from l3m_like.training.train import train
 
     record = Record()
-    with fault() if fault is not None else nullcontext(), recording(record, drawn):
+    unsaved = nullcontext() if saves else mock.patch.object(Checkpointer, "save", lambda self, *args: None)
+    with fault() if fault is not None else nullcontext(), recording(record, drawn), unsaved:
         train(cfg)
     if int(torch.distributed.get_rank()) == 0:
         record.rows = [json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -243,8 +245,8 @@ def run_twice(cfg: Any, fault: Fault | None = None, drawn: Sequence[str] = ()) -
     """On one rank: the run up to its last step but one, then the same command again."""
     short = copy.deepcopy(cfg)
     short.steps -= 1
-    run_one(short)
-    return run_one(cfg, fault, drawn)
+    run_one(short, saves=True)
+    return run_one(cfg, fault, drawn, saves=True)
 
 
 def recorded(

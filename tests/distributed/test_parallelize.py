@@ -48,8 +48,13 @@ def names_and_ties(name: str, axes: dict[str, int]) -> list[tuple[list[str], boo
     return found
 
 
-@pytest.mark.parametrize("axes", [{}, {"dp_shard": 2}, {"tp": 2}, {"dp_shard": 2, "tp": 2}], ids=str)
-@pytest.mark.parametrize("name", ["llm", "sit"])
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        *(("llm", {}), ("sit", {"tp": 2}), ("llm", {"dp_shard": 2})),
+        *(pytest.param(name, {"dp_shard": 2, "tp": 2}, marks=pytest.mark.slow) for name in ("llm", "sit")),
+    ],
+)
 def test_no_parameter_changes_its_name(name: str, axes: dict[str, int]) -> None:
     ranks = 1
     for size in axes.values():

@@ -58,6 +58,7 @@ def test_both_loops_do_the_same_work(kind: str, monkeypatch: pytest.MonkeyPatch)
     assert [line["step"] for line in lines] == [LOG_EVERY, 2 * LOG_EVERY]
     assert lines[1]["loss"] == pytest.approx(result["losses"][2 * LOG_EVERY - 1 - WARMUP], rel=1e-5)
     assert result["ratio"] == pytest.approx(result["seconds"] / result["plain_seconds"])
+    assert result["ratio_of_means"] > 0 and result["ratio_of_cpu_time"] > 0
 
 
 def test_another_loop_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
