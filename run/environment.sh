@@ -23,7 +23,7 @@ environment() {
     echo "Installing what $PYTHON lacks:" $missing
     pins="$(mktemp)"
     "$PYTHON" run/requirements.py pins >"$pins"
-    "$PYTHON" -m pip install --quiet $missing --constraint "$pins" || return 1
+    "$PYTHON" -m pip install -qq $missing --constraint "$pins" || return 1
     rm -f "$pins"
   fi
   export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # the clone itself need not be installed there
@@ -46,7 +46,7 @@ own_environment() {
   stamp=".venv/installed${extra:+-$extra}"
   if ! cat setup.py constraints.txt | cmp -s - "$stamp"; then
     echo "Installing into .venv (a minute or two)"
-    "$PYTHON" -m pip install --quiet -e ".${extra:+[$extra]}" -c constraints.txt || return 1
+    "$PYTHON" -m pip install -qq -e ".${extra:+[$extra]}" -c constraints.txt || return 1
     cat setup.py constraints.txt >"$stamp"
   fi
 }

@@ -221,7 +221,8 @@ class Frozen(_Nested):
         if dtype is not None:
             self.dtype = getattr(torch, dtype, None)
             if not isinstance(self.dtype, torch.dtype):
-                raise UserError(f"Frozen.dtype: there is no dtype '{dtype}'. {did_you_mean(dtype, ('float32', 'bfloat16', 'float16'))}")
+                near = did_you_mean(dtype, ("float32", "bfloat16", "float16"))
+                raise UserError(f"Frozen.dtype: there is no dtype '{dtype}'. {near}")
             self.model.to(self.dtype)
         self.train(False)
 

@@ -157,9 +157,9 @@ def apply_fsdp(part: MetaModel, units: list[nn.Module], mesh: Mesh, precision: s
         reduce_dtype=torch.float32 if precision == "bf16" else None,
         cast_forward_inputs=False,
     )
-    nested = [module for module in part.modules() if isinstance(module, (Frozen, Tower)) and any(True for _ in module.parameters())]
+    nested = [m for m in part.modules() if isinstance(m, (Frozen, Tower)) and any(True for _ in m.parameters())]
     # a frozen part with a dtype of its own computes in it
-    own = {id(inner) for module in nested if isinstance(module, Frozen) and module.dtype is not None for inner in module.modules()}
+    own = {id(inner) for m in nested if isinstance(m, Frozen) and m.dtype is not None for inner in m.modules()}
     as_stored = MixedPrecisionPolicy(cast_forward_inputs=False)
     # units first, then what holds them, from the inside out
     for module in [*units, *(module.model for module in reversed(nested))]:

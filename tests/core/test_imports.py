@@ -20,7 +20,9 @@ def run(code: str) -> str:
 
 def test_importing_the_library_imports_nothing_heavy() -> None:
     packages = "core layers kernels blocks losses data distributed training generate pretrained config"
-    code = "import sys, importlib, l3m_like\n" + "\n".join(f"importlib.import_module('l3m_like.{name}')" for name in packages.split())
+    code = "import sys, importlib, l3m_like\n" + "\n".join(
+        f"importlib.import_module('l3m_like.{name}')" for name in packages.split()
+    )
     assert run(code + f"\nprint([name for name in {HEAVY} if name in sys.modules])") == "[]"
 
 

@@ -79,8 +79,14 @@ def test_streams_reach_the_blocks() -> None:
         (lambda: MetaModel(), "MetaModel is empty"),
         (lambda: MetaModel(nn.Linear(2, 2)), "preprocessor is a Linear; a part is a block.*Wrap"),
         (lambda: MetaModel(head={"a": [Add("a", "b")]}), "head.a is a list"),
-        (lambda: MetaModel(Embed(), tie={"preprocessor.embed.weigth": "preprocessor.embed.weight"}), "Did you mean 'preprocessor.embed.weight'"),
-        (lambda: language(tie={"head.proj.weight": "preprocessor.embd.weight"}), "tie: 'preprocessor.embd.weight' is not a parameter"),
+        (
+            lambda: MetaModel(Embed(), tie={"preprocessor.embed.weigth": "preprocessor.embed.weight"}),
+            "Did you mean 'preprocessor.embed.weight'",
+        ),
+        (
+            lambda: language(tie={"head.proj.weight": "preprocessor.embd.weight"}),
+            "tie: 'preprocessor.embd.weight' is not a parameter",
+        ),
     ],
 )
 def test_what_is_no_model(make: Any, message: str) -> None:
@@ -99,7 +105,10 @@ def test_ties_survive_to_empty() -> None:
 
 
 def test_the_inference_graph() -> None:
-    model = MetaModel({"noise": Add("image", "noised", training_only=True), "text": Embed(stream="text")}, head=Head(stream="text", writes=["nll"]))
+    model = MetaModel(
+        {"noise": Add("image", "noised", training_only=True), "text": Embed(stream="text")},
+        head=Head(stream="text", writes=["nll"]),
+    )
     graph = model.inference()
     assert [step.path for step in graph.steps] == ["preprocessor.text", "head"] and graph.inference
     out = model({"text_ids": torch.arange(4)}, graph)
@@ -123,7 +132,9 @@ def test_a_named_dict_is_a_series() -> None:
 
 
 def test_frozen() -> None:
-    inner = MetaModel({"a": Add("x", "y"), "net": Wrap(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.9)), reads={"i": "y"}, writes={"o": "z"})})
+    inner = MetaModel(
+        {"a": Add("x", "y"), "net": Wrap(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.9)), reads={"i": "y"}, writes={"o": "z"})}
+    )
     frozen = Frozen(inner, dtype="bfloat16")
     model = MetaModel({"teacher": frozen}, head=Wrap(nn.Linear(3, 1), reads={"i": "z"}, writes={"o": "out"}))
     model.train()

@@ -64,12 +64,34 @@ def chain(**more: Any) -> MetaModel:
 @pytest.mark.parametrize(
     ("model", "losses", "message"),
     [
-        (lambda: MetaModel(Net(), stream="txt"), None, r"preprocessor \(Net\) reads 'txt_tokens' for its port 'tokens', which nothing before it writes. Did you mean 'text_tokens'\?"),
+        (
+            lambda: MetaModel(Net(), stream="txt"),
+            None,
+            r"preprocessor \(Net\) reads 'txt_tokens' for its port 'tokens', which nothing before it writes. Did you mean 'text_tokens'\?",
+        ),
         (lambda: MetaModel(Net(reads={"bias": "text_biass"}), stream="text"), None, "reads 'text_biass' for its port 'bias'"),
-        (lambda: MetaModel(trunk={"b": Net(reads={"tokens": "text_mid"}), "a": Net(writes={"hidden": "text_mid"})}, stream="text"), None, "trunk.b .* reads 'text_mid'"),
-        (lambda: MetaModel(Net(), stream="text"), {"square": Square(stream="text", reads={"hidden": "text_hiden"})}, r"loss.square \(Square\) reads 'text_hiden'.*Did you mean 'text_hidden'"),
-        (lambda: MetaModel(Net(), stream="text"), {"square": Square(stream="text", reads={"tokens": "text_hidden"})}, "counts on 'text_hidden' .*which the data does not write.*count_late"),
-        (lambda: MetaModel({"a": Net(), "b": Net()}, stream="text"), None, r"preprocessor.b \(Net\) writes 'text_hidden' \(port 'hidden'\), which preprocessor.a already wrote. No block overwrites"),
+        (
+            lambda: MetaModel(
+                trunk={"b": Net(reads={"tokens": "text_mid"}), "a": Net(writes={"hidden": "text_mid"})}, stream="text"
+            ),
+            None,
+            "trunk.b .* reads 'text_mid'",
+        ),
+        (
+            lambda: MetaModel(Net(), stream="text"),
+            {"square": Square(stream="text", reads={"hidden": "text_hiden"})},
+            r"loss.square \(Square\) reads 'text_hiden'.*Did you mean 'text_hidden'",
+        ),
+        (
+            lambda: MetaModel(Net(), stream="text"),
+            {"square": Square(stream="text", reads={"tokens": "text_hidden"})},
+            "counts on 'text_hidden' .*which the data does not write.*count_late",
+        ),
+        (
+            lambda: MetaModel({"a": Net(), "b": Net()}, stream="text"),
+            None,
+            r"preprocessor.b \(Net\) writes 'text_hidden' \(port 'hidden'\), which preprocessor.a already wrote. No block",
+        ),
         (lambda: MetaModel(Net(writes={"hidden": "text_tokens"}), stream="text"), None, "which the data already wrote"),
     ],
 )
@@ -142,7 +164,9 @@ def test_two_programs_hand_keys_on() -> None:
     first = MetaModel(Net(), stream="text")
     second = MetaModel(Net(reads={"tokens": "text_hidden"}, writes={"hidden": "text_score"}), stream="text")
     score = {"score": Late(stream="text", reads={"hidden": "text_score"})}
-    wiring = check_wiring([Program("one", {"": first}, {"square": Square(stream="text")}), Program("two", {"": second}, score)], DATA)
+    wiring = check_wiring(
+        [Program("one", {"": first}, {"square": Square(stream="text")}), Program("two", {"": second}, score)], DATA
+    )
     assert wiring.carried == {"one": (), "two": ("text_hidden",)} and wiring.warnings == []
     with pytest.raises(UserError, match="reads 'text_hidden'"):
         check_wiring([Program("two", {"": second}, score), Program("one", {"": first}, {"square": Square(stream="text")})], DATA)
@@ -168,7 +192,11 @@ def test_the_key_table() -> None:
 
 def test_a_block_that_fails_on_its_shapes_is_named() -> None:
     with pytest.raises(UserError, match=r"trunk \(Net\) fails on text_mid \(5, 3, 7\): RuntimeError"):
-        trace(lambda: MetaModel({"a": Net(width=7, writes={"hidden": "text_mid"})}, trunk=Net(reads={"tokens": "text_mid"}), stream="text"))
+        trace(
+            lambda: MetaModel(
+                {"a": Net(width=7, writes={"hidden": "text_mid"})}, trunk=Net(reads={"tokens": "text_mid"}), stream="text"
+            )
+        )
 
 
 def test_undeclared_flops_are_named() -> None:
@@ -187,7 +215,10 @@ def test_flops_inside_frozen_parts_and_towers() -> None:
             return a + b.sum()
 
     def model() -> MetaModel:
-        tower = Tower(MetaModel(Net(), trunk=Frozen(Net(reads={"tokens": "image_hidden"}, writes={"hidden": "image_out"})), stream="image"), dummy={"image_tokens": [2, 4]})
+        tower = Tower(
+            MetaModel(Net(), trunk=Frozen(Net(reads={"tokens": "image_hidden"}, writes={"hidden": "image_out"})), stream="image"),
+            dummy={"image_tokens": [2, 4]},
+        )
         join = Join(reads={"a": "text_tokens", "b": "image_out"}, writes={"tokens": "joint_tokens"})
         return MetaModel({"tower": tower, "join": join}, trunk=Net(stream="joint"))
 

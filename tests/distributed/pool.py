@@ -1,4 +1,4 @@
-"""Worker processes for distributed tests: forked once per world size, shared by all tests of a pytest process.
+"""Worker processes for distributed tests: made once per world size, shared by all tests of a pytest process.
 
 A task is a module-level function ``f(*args)`` that every rank runs inside one gloo process group; the results come back in
 rank order. A task that raises on any rank fails the test with that rank's traceback, and the pool is started afresh.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import atexit
 import gc
-import importlib
 import multiprocessing
 import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from typing import Any
 
 IMPORTED = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "l3m_like.training.train")
@@ -46,13 +46,19 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     os._exit(0)  # no destructors of a process group whose peers may be gone
 
 
+def clean_forks() -> BaseContext:
+    """Processes forked from a server that has imported everything and computed nothing: a fork of a process whose autograd threads
+    have run cannot use autograd."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    return context
+
+
 class Pool:
     """``world_size`` processes in one process group."""
 
     def __init__(self, world_size: int) -> None:
-        for name in IMPORTED:  # seconds each: once here, not in every fork
-            importlib.import_module(name)
-        context = multiprocessing.get_context("fork")
+        context = clean_forks()
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
         self.pipes: list[Connection] = []

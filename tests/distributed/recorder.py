@@ -50,8 +50,8 @@ DATA = {
 }
 #: three steps in float64, with clipping, weight decay and a schedule that moves; a line per step
 SHORT = {
-    **{"steps": 3, "evals": {}, "log.every": 1, "log.console": False, "checkpoint.every": None, "data.prefetch": 0},
-    **{"parallel.precision": "fp64", "schedule.warmup": 0, "optim.clip": 0.1},
+    "steps": 3, "evals": {}, "log.every": 1, "log.console": False, "checkpoint.every": None, "data.prefetch": 0,
+    "parallel.precision": "fp64", "schedule.warmup": 0, "optim.clip": 0.1,
 }
 
 

@@ -34,7 +34,10 @@ def mixed() -> list[float]:
     mesh = build_mesh({"dp_shard": 2, "tp": 2})
     plane, dp, tp = mesh.device_mesh["dp_shard", "tp"], mesh["dp_shard"], mesh["tp"]
     generator = torch.Generator().manual_seed(0)
-    full = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(5, 3), (4, 4), (7,), (2, 6), (3, 5), (1, 2), (6,)]]
+    full = [
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in [(5, 3), (4, 4), (7,), (2, 6), (3, 5), (1, 2), (6,)]
+    ]
     kinds: list[Any] = [
         (plane, [Shard(0), Shard(1)]),
         (plane, [Shard(0), Shard(0)]),
@@ -130,7 +133,11 @@ PLAIN = {"schedule.name": "constant", "schedule.floor": 0.0}
 
 def same_state(found: list[Record], reference: Record) -> None:
     for record in found:
-        for ours, theirs in ((record.final, reference.final), (record.average, reference.average), (record.state["main"], reference.state["main"])):
+        for ours, theirs in (
+            (record.final, reference.final),
+            (record.average, reference.average),
+            (record.state["main"], reference.state["main"]),
+        ):
             assert set(ours) == set(theirs)
             for name, value in theirs.items():
                 assert torch.equal(ours[name], value), name
@@ -150,7 +157,7 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(settings: dict[str, An
     same_state(found, before)
     assert found[0].column("skipped") == [0, 1]
     assert not math.isfinite(found[0].column("grad_norm")[1])
-    assert set(float(v) for name, v in found[0].state["main"].items() if name.endswith(".step")) == {1.0}
+    assert {float(v) for name, v in found[0].state["main"].items() if name.endswith(".step")} == {1.0}
 
 
 def test_a_spike_skips_the_step_and_training_goes_on() -> None:
@@ -160,7 +167,7 @@ def test_a_spike_skips_the_step_and_training_goes_on() -> None:
     longer = recorded(experiment("sit", **settings, steps=5), 2, fault=spike_at_2)
     assert longer[0].column("skipped") == [0, 0, 1, 0, 0]
     assert not torch.equal(longer[0].final["head.proj.bias"], before.final["head.proj.bias"])
-    assert set(float(v) for name, v in longer[0].state["main"].items() if name.endswith(".step")) == {4.0}
+    assert {float(v) for name, v in longer[0].state["main"].items() if name.endswith(".step")} == {4.0}
 
 
 def test_guard() -> None:
@@ -210,7 +217,11 @@ def test_ema_is_wide_and_can_be_swapped_in() -> None:
     torch.testing.assert_close(ema.average["p"], expected, rtol=1e-5, atol=0)
     kept = ema.average["p"].clone()
     ema.swap()
-    assert p.dtype == torch.bfloat16 and torch.equal(p.detach(), kept.bfloat16()) and torch.equal(ema.average["p"], torch.full((2,), 3.0))
+    assert (
+        p.dtype == torch.bfloat16
+        and torch.equal(p.detach(), kept.bfloat16())
+        and torch.equal(ema.average["p"], torch.full((2,), 3.0))
+    )
     ema.swap()
     assert torch.equal(p.detach(), torch.full((2,), 3.0, dtype=torch.bfloat16))
 
@@ -224,7 +235,14 @@ def test_state_exists_from_construction_and_found_inf_leaves_it_alone() -> None:
     optimizer = AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     names = {f"{p}.{s}" for p in ("weight", "bias") for s in ("step", "exp_avg", "exp_avg_sq")}
     assert set(optimizer.named_state()) == names and not any(value.any() for value in optimizer.named_state().values())
-    reference = torch.optim.AdamW([{"params": [nn.Parameter(p.detach().clone())], "weight_decay": d} for p, d in zip(model.parameters(), (0.5, 0.0), strict=True)], lr=0.1, betas=(0.9, 0.95))
+    reference = torch.optim.AdamW(
+        [
+            {"params": [nn.Parameter(p.detach().clone())], "weight_decay": d}
+            for p, d in zip(model.parameters(), (0.5, 0.0), strict=True)
+        ],
+        lr=0.1,
+        betas=(0.9, 0.95),
+    )
     for number, bad in enumerate([0.0, 1.0, 0.0]):
         theirs = [group["params"][0] for group in reference.param_groups]
         for p, q in zip(model.parameters(), theirs, strict=True):
@@ -243,7 +261,10 @@ def test_state_exists_from_construction_and_found_inf_leaves_it_alone() -> None:
 
 
 def test_parameter_groups() -> None:
-    parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in {"a.weight": (2, 2), "a.bias": (2,), "b.weight": (2, 2), "c": (2, 2)}.items()}
+    parameters = {
+        name: nn.Parameter(torch.zeros(shape))
+        for name, shape in {"a.weight": (2, 2), "a.bias": (2,), "b.weight": (2, 2), "c": (2, 2)}.items()
+    }
 
     def made(**settings: Any) -> dict[str, tuple[float, float]]:
         groups = parameter_groups(parameters, lr=1.0, weight_decay=0.1, **settings)
@@ -253,7 +274,9 @@ def test_parameter_groups() -> None:
     assert made(no_decay=["b.*"])["b.weight"] == (1.0, 0.0)
     assert made(groups={"slow": {"params": ["a.*"], "lr_scale": 0.5}})["a.bias"] == (0.5, 0.0)
     assert made(groups={"slow": {"params": ["a.*"], "weight_decay": 0.3}})["a.bias"] == (1.0, 0.3)
-    with pytest.raises(UserError, match="optim.groups.slow.params: the pattern 'a.weigth' matches no parameter. Did you mean 'a.weight'"):
+    with pytest.raises(
+        UserError, match="optim.groups.slow.params: the pattern 'a.weigth' matches no parameter. Did you mean 'a.weight'"
+    ):
         made(groups={"slow": {"params": ["a.weigth"]}})
     with pytest.raises(UserError, match="'a.bias' is in both 'slow' and 'fast'"):
         made(groups={"slow": {"params": ["a.*"]}, "fast": {"params": ["*.bias"]}})

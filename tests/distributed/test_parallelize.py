@@ -237,12 +237,14 @@ def test_a_frozen_part_is_not_trained() -> None:
 
 
 def test_random_weights_must_be_wanted() -> None:
-    with pytest.raises(pool.TaskFailed, match="preprocessor.teacher is Frozen, but no weights were loaded into it.*random_weights: true"):
+    with pytest.raises(
+        pool.TaskFailed, match="preprocessor.teacher is Frozen, but no weights were loaded into it.*random_weights: true"
+    ):
         recorded(toy(distilled()), 1)
 
 
 def frozen_facts(dtype: str | None, precision: str) -> tuple[set[torch.dtype], torch.dtype, bool, bool, bool, torch.dtype]:
-    """Its parameters' dtype, that of what it writes, whether it is sharded, in evaluation mode, without gradients; the student's."""
+    """Its parameters' dtype, that of its output, whether it is sharded, evaluating, without gradients; the student's dtype."""
     from torch.distributed.tensor import DTensor
 
     from l3m_like.distributed.mesh import build_mesh

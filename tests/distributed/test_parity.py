@@ -120,7 +120,9 @@ def test_the_reference_has_what_it_should() -> None:
     assert all(norm > 0.2 for norm in trained("llm")[0].column("grad_norm"))  # and clipping acts
 
 
-@pytest.mark.parametrize(("name", "mesh", "split"), [("llm", "dp_shard 2 x tp 2", ""), ("sit", "hsdp 2x2", ""), ("llm", "", "accumulation 4")])
+@pytest.mark.parametrize(
+    ("name", "mesh", "split"), [("llm", "dp_shard 2 x tp 2", ""), ("sit", "hsdp 2x2", ""), ("llm", "", "accumulation 4")]
+)
 def test_in_float32(name: str, mesh: str, split: str) -> None:
     check(name, mesh, split, precision="fp32")
 
@@ -133,7 +135,7 @@ def test_in_float32_everywhere(name: str, mesh: str, split: str) -> None:
 
 
 def test_compiled() -> None:
-    check("llm", "", "", **{"compile": True})
+    check("llm", "", "", compile=True)
 
 
 @pytest.mark.slow
@@ -267,7 +269,9 @@ def test_noise_times_and_dropped_labels_are_bitwise_equal(mesh: str, split: str)
 @pytest.mark.parametrize("name", ["llm", "sit"])
 def test_initial_weights_are_bitwise_equal(name: str, mesh: str, split: str) -> None:
     reference = trained(name, drawn(name))[0].weights
-    assert len({value.flatten()[0].item() for name, value in reference.items() if name.endswith("proj.weight") and value.any()}) > 4
+    assert (
+        len({value.flatten()[0].item() for name, value in reference.items() if name.endswith("proj.weight") and value.any()}) > 4
+    )
     for record in trained(name, drawn(name), **settings(mesh, split)):
         assert set(record.weights) == set(reference)
         for parameter, value in reference.items():

@@ -71,7 +71,13 @@ TWO_STREAMS: dict[str, Any] = {
             },
         },
         "trunk": trunk(stream="fused"),
-        "head": {"_target_": "l3m_like.blocks.LanguageModelHead", "vocab_size": 11, "dim": DIM, "writes": ["nll"], "stream": "fused"},
+        "head": {
+            "_target_": "l3m_like.blocks.LanguageModelHead",
+            "vocab_size": 11,
+            "dim": DIM,
+            "writes": ["nll"],
+            "stream": "fused",
+        },
     },
     "loss": {"next_token": {"_target_": "l3m_like.losses.TokenNLL", "stream": "fused"}},
 }
@@ -114,7 +120,7 @@ def images(dp_size: int) -> list[list[int]]:
     for rank in range(dp_size):
         loader = Loader(
             dataset(),
-            **{"seed": 0, "global_batch": 4, "micro_batch": 4 // dp_size, "dp_rank": rank, "dp_size": dp_size, "prefetch": 0},
+            seed=0, global_batch=4, micro_batch=4 // dp_size, dp_rank=rank, dp_size=dp_size, prefetch=0,
         )
         counts.append([len(loader.next_step().micro[0].get("image", ())) for _ in range(STEPS)])
     return [list(step) for step in zip(*counts, strict=True)]

@@ -66,7 +66,7 @@ def sampled_in_training(run: Path, broken: bool) -> tuple[list[torch.Tensor], bo
     if broken:
         from l3m_like.generate import sampler as module
 
-        kept, module._reshard = module._reshard, lambda model: None
+        kept, module.reshard = module.reshard, lambda model: None
     parameters = dict(model.named_parameters())  # as an optimizer holds them
     found = []
     for seed in (None, 7, None):
@@ -79,7 +79,7 @@ def sampled_in_training(run: Path, broken: bool) -> tuple[list[torch.Tensor], bo
             for name, p in parameters.items():
                 local(p).copy_(before[name])
     if broken:
-        module._reshard = kept
+        module.reshard = kept
     x = normal(torch.arange(2), (1, 8, 8), seed=0, purpose="x", dtype=torch.float64)
     out = model({"image": x, "image_label": torch.tensor([1, 2]), "row": torch.arange(2)})
     out["image_velocity_pred"].square().sum().backward()

@@ -40,7 +40,8 @@ OVERRIDES = {
         "batch.global=8", "batch.micro=4", "optim.clip=1.0",
     ],
     "sit": [
-        "dim=64", "layers=2", "heads=4", "lr=1e-3", "ema_decay=0.98", "optim.weight_decay=0.1", "batch.global=16", "batch.micro=8", "optim.clip=1.0",
+        "dim=64", "layers=2", "heads=4", "lr=1e-3", "ema_decay=0.98", "optim.weight_decay=0.1", "batch.global=16",
+        "batch.micro=8", "optim.clip=1.0",
     ],
 }  # fmt: skip
 ALWAYS = [f"steps={STEPS}", "~evals", "log.console=false", "log.refs=true", "checkpoint.every=null"]

@@ -4,7 +4,6 @@ same command again. The losses and the samples of every step must be those of a 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import torch
 # imported here, once: the forked processes inherit them
 from l3m_like.config import RunConfig
 from l3m_like.training import checkpoint, report, train, updates
+from tests.distributed.pool import clean_forks
 
 STEPS = 9
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +80,7 @@ def launch(
     after: float | None = None,
 ) -> bool:
     """Run the command once; True if it came to its end. As a launcher does, the other ranks are killed when one has died."""
-    context = multiprocessing.get_context("fork")
+    context = clean_forks()
     with tempfile.TemporaryDirectory() as place:
         store = os.path.join(place, "store")
         jobs = [
