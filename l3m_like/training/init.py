@@ -132,7 +132,7 @@ def random_weights(parts: Iterable[MetaModel]) -> list[str]:
     """The frozen parts that run on random weights; an error where nobody said that this is wanted."""
     found = []
     for part in parts:
-        for path, block in part.blocks():
+        for path, block in part.named_modules():
             if isinstance(block, Frozen) and block.loaded_from is None and any(True for _ in block.parameters()):
                 if not block.random_weights:
                     raise UserError(

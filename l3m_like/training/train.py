@@ -24,6 +24,7 @@ from l3m_like.core.diagram import Diagram
 from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import MetaModel, as_model
 from l3m_like.core.wiring import Trace, Wiring, check_wiring, parts_of
+from l3m_like.data.lanes import check_lanes, default_lanes
 from l3m_like.data.loader import Loader
 from l3m_like.distributed.gradients import set_gradient_sync
 from l3m_like.distributed.mesh import build_mesh, gather_objects
@@ -64,6 +65,7 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
     with torch.device("meta"):
         model, losses = as_model(cfg.instantiate("model")), cfg.instantiate("loss")
     parts = parts_of(model)
+    check_lanes(cfg.batch.global_, cfg.batch.micro or 1, dp_size, cfg.data.lanes or default_lanes(cfg.batch.global_))
     updates = plan_updates(cfg, parts, losses)
     rows = cfg.batch.global_ // dp_size
     micro_rows = cfg.batch.micro or rows
@@ -72,7 +74,9 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
     wiring = check_wiring([update.program for update in updates], dataset.keys(), cfg.keep)
     for number, update in enumerate(updates):
         update.graphs = wiring.graphs[update.name]
-        update.keep = tuple(key for later in updates[number + 1 :] for key in wiring.carried[later.name])
+        written = {key for _, block in wiring.blocks(update.program) for key in block.writes.values()}
+        later = dict.fromkeys(key for other in updates[number + 1 :] for key in wiring.carried[other.name])
+        update.keep = tuple(key for key in later if key in written)
     trace = Trace(wiring, micro_rows)
     if cfg.tokens is not None and dataset.unit != "tokens":
         raise UserError(f"tokens: {cfg.tokens}: this data is counted in {dataset.unit}. Give `steps` or `epochs` instead.")
@@ -91,8 +95,8 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler, which takes seconds
         torch.use_deterministic_algorithms(cfg.deterministic)
     mesh = build_mesh(cfg.mesh_axes())
-    run_dir = start_run(cfg)
     run = plan(cfg, mesh.dp_size)
+    run_dir = start_run(cfg)
     updates, parts = run.updates, run.parts
     checkpointer = Checkpointer(
         run_dir / "checkpoints",
@@ -102,6 +106,8 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     )
     closing.callback(checkpointer.close)
     resumes = checkpointer.latest() is not None or cfg.checkpoint.resume not in ("auto", "never")
+    for loss in run.losses.values():
+        loss.bind(mesh)
     for name, part in parts.items():
         specs = init_specs(part)
         for _, block in part.blocks():
@@ -128,7 +134,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         update.prepare(mesh, Guard(mesh.device, spike=cfg.guard.spike_factor, window=cfg.guard.window))
     ema = EMA(trainable, cfg.ema.decay) if cfg.ema is not None else None
     tensors = state_tensors(run.model, updates, ema)
-    saved: dict[str, Any] = {"step": 0, "data": None, "bad_steps": 0}
+    saved: dict[str, Any] = {"step": 0, "data": None, "bad_steps": 0, "final": {}}
     if resumes:
         saved = resume(checkpointer, cfg.checkpoint.resume, tensors)
     checkpointer.clean()
@@ -167,7 +173,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     closing.callback(signals.restore)
     upcoming = fetch(loader, updates, signals, mesh) if step < steps else None
     pending: list[StepRecord] = []
-    final: dict[str, float] = {}
+    final: dict[str, float] = saved["final"]
     began = time.perf_counter()
     if cfg.gc_every:  # ranks that collect at different moments wait for each other
         gc.collect()
@@ -216,7 +222,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
                 final |= {f"{name}/{key}": value for key, value in values.items()}
             if saving:
                 lanes = {lane: state for states in gather_objects(batch.state) for lane, state in states.items()}
-                state = {"step": step, "data": lanes, "bad_steps": bad_steps, "config": cfg.to_dict()}
+                state = {"step": step, "data": lanes, "bad_steps": bad_steps, "final": final, "config": cfg.to_dict()}
                 checkpointer.save(step, tensors, state)
             began = time.perf_counter()
         if cfg.gc_every and step % cfg.gc_every == 0:

@@ -62,19 +62,23 @@ class Update:
         for name, part in self.parts.items():
             data = part(data, self.graphs[name])
         objective: Tensor | None = None
-        sums, weighted = {}, {}
+        sums, plain = {}, {}
         for name, loss in self.losses.items():
             value, count = loss.term(data, totals.get(name), mesh)
             if loss.weight is not None:
-                weighted[name] = loss.weight * value / count
+                plain[name] = value / count
+                if torch.is_grad_enabled() and not plain[name].requires_grad:
+                    raise UserError(
+                        f"loss.{name} has a weight, but no gradient reaches a trained parameter (it goes through a Frozen part, or "
+                        "all that it reads is data). Say `weight: null` if it is a metric."
+                    )
             if not isinstance(count, Tensor):
-                count = torch.full(
-                    (), count, dtype=torch.float64, device=value.device
-                )  # a fill; a copy from the host would wait for the device
+                # a fill: a copy from the host would wait for the device
+                count = torch.full((), count, dtype=torch.float64, device=value.device)
             sums[name] = torch.stack((value.detach().double(), count.detach().double()))
-        if self.adaptive is not None:
-            weighted[self.adaptive.term] = weighted[self.adaptive.term] * self.adaptive.weight(weighted, mesh)
-        for value in weighted.values():
+        adaptive = {self.adaptive.term: self.adaptive.weight(plain, self.losses, mesh)} if self.adaptive is not None else {}
+        for name, value in plain.items():
+            value = self.losses[name].weight * adaptive.get(name, 1.0) * value
             objective = value if objective is None else objective + value
         assert objective is not None
         objective.backward()
@@ -128,8 +132,9 @@ class AdaptiveWeight:
     def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._input, self._output = inputs[0].detach(), output
 
-    def weight(self, terms: Mapping[str, Tensor], mesh: Mesh) -> Tensor:
-        reference = torch.stack([terms[name] for name in self.against]).sum()
+    def weight(self, terms: Mapping[str, Tensor], losses: Mapping[str, Loss], mesh: Mesh) -> Tensor:
+        """The factor on the term, whose own ``weight`` multiplies it further; the reference terms count with their weights."""
+        reference = torch.stack([losses[name].weight * terms[name] for name in self.against]).sum()
         reference_norm, norm = self._norm(reference, mesh), self._norm(terms[self.term], mesh)
         return (reference_norm / (norm + 1e-6)).clamp(0.0, self.maximum).detach()
 

@@ -99,7 +99,7 @@ class ByHand(nn.Module):
             scale = 1.0
             if adaptive:
                 weight = self.w["auto/head/proj/weight"]
-                a, b = (torch.autograd.grad(term, weight, retain_graph=True)[0].norm() for term in (rebuild, 0.3 * fool))
+                a, b = (torch.autograd.grad(term, weight, retain_graph=True)[0].norm() for term in (rebuild, fool))
                 scale = float((a / (b + 1e-6)).clamp(0, 50.0))
                 self.lambdas.append(scale)
             self._step("auto", rebuild + scale * 0.3 * fool, owned, optimizers)
