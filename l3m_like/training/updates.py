@@ -76,9 +76,11 @@ class Update:
                 # a fill: a copy from the host would wait for the device
                 count = torch.full((), count, dtype=torch.float64, device=value.device)
             sums[name] = torch.stack((value.detach().double(), count.detach().double()))
-        adaptive = {self.adaptive.term: self.adaptive.weight(plain, self.losses, mesh)} if self.adaptive is not None else {}
-        for name, value in plain.items():
-            value = self.losses[name].weight * adaptive.get(name, 1.0) * value
+        weighted = {name: (self.losses[name].weight or 0.0) * value for name, value in plain.items()}
+        if self.adaptive is not None:
+            term = self.adaptive.term  # its own weight multiplies the adaptive one, so it is balanced without it
+            weighted[term] = weighted[term] * self.adaptive.weight(weighted | {term: plain[term]}, mesh)
+        for value in weighted.values():
             objective = value if objective is None else objective + value
         assert objective is not None
         objective.backward()
@@ -132,9 +134,8 @@ class AdaptiveWeight:
     def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._input, self._output = inputs[0].detach(), output
 
-    def weight(self, terms: Mapping[str, Tensor], losses: Mapping[str, Loss], mesh: Mesh) -> Tensor:
-        """The factor on the term, whose own ``weight`` multiplies it further; the reference terms count with their weights."""
-        reference = torch.stack([losses[name].weight * terms[name] for name in self.against]).sum()
+    def weight(self, terms: Mapping[str, Tensor], mesh: Mesh) -> Tensor:
+        reference = torch.stack([terms[name] for name in self.against]).sum()
         reference_norm, norm = self._norm(reference, mesh), self._norm(terms[self.term], mesh)
         return (reference_norm / (norm + 1e-6)).clamp(0.0, self.maximum).detach()
 

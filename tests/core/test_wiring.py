@@ -67,7 +67,7 @@ def chain(**more: Any) -> MetaModel:
         (
             lambda: MetaModel(Net(), stream="txt"),
             None,
-            r"preprocessor \(Net\) reads 'txt_tokens' for its port 'tokens', which nothing before it writes. Did you mean 'text_tokens'\?",
+            r"preprocessor \(Net\) reads 'txt_tokens' for its port 'tokens'.* Did you mean 'text_tokens'\?",
         ),
         (lambda: MetaModel(Net(reads={"bias": "text_biass"}), stream="text"), None, "reads 'text_biass' for its port 'bias'"),
         (

@@ -47,8 +47,8 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
 
 
 def clean_forks() -> BaseContext:
-    """Processes forked from a server that has imported everything and computed nothing: a fork of a process whose autograd threads
-    have run cannot use autograd."""
+    """Processes forked from a server that has imported everything and computed nothing: a fork of a process whose autograd
+    threads have run cannot use autograd."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     return context
