@@ -13,12 +13,17 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=[*find_packages(include=["l3m_like", "l3m_like.*"]), "l3m_like._configs", "l3m_like._configs.experiment"],
-    package_dir={"l3m_like._configs": "configs", "l3m_like._configs.experiment": "configs/experiment"},
+    packages=[*find_packages(include=["l3m_like", "l3m_like.*"]), "l3m_like._configs", "l3m_like._configs.experiment", "l3m_like._configs.experiment.preset"],
+    package_dir={
+        "l3m_like._configs": "configs",
+        "l3m_like._configs.experiment": "configs/experiment",
+        "l3m_like._configs.experiment.preset": "configs/experiment/preset",
+    },
     package_data={
         "l3m_like": ["data/shipped/*", "py.typed"],
         "l3m_like._configs": ["*.yaml"],
         "l3m_like._configs.experiment": ["*.yaml"],
+        "l3m_like._configs.experiment.preset": ["*.yaml"],
     },
     python_requires=">=3.11",
     install_requires=[

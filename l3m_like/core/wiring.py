@@ -57,7 +57,7 @@ def parts_of(model: nn.Module) -> dict[str, MetaModel]:
         for name, part in model.items():
             if not isinstance(part, MetaModel):
                 raise UserError(f"model.{name} is a {type(part).__name__}; a named model is a MetaModel.")
-        return dict(model.items())  # type: ignore[misc]
+        return dict(model.items())  # type: ignore[arg-type]
     raise UserError(f"model is a {type(model).__name__}; it is a MetaModel or a named dict of MetaModels.")
 
 

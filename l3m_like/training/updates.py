@@ -69,7 +69,7 @@ class Update:
                 plain[name] = value / count
                 if torch.is_grad_enabled() and not plain[name].requires_grad:
                     raise UserError(
-                        f"loss.{name} has a weight, but no gradient reaches a trained parameter (it goes through a Frozen part, or "
+                        f"loss.{name} has a weight, but no gradient reaches a trained parameter (it goes through a Frozen, or "
                         "all that it reads is data). Say `weight: null` if it is a metric."
                     )
             if not isinstance(count, Tensor):
@@ -217,5 +217,5 @@ def refuse_split(updates: Sequence[Update], accumulation: int, pipeline: int) ->
                 raise UserError(f"loss.{name} {why}, so it refuses {accumulation} micro-batches per step. {fix}")
         if update.adaptive is not None:
             raise UserError(
-                f"updates.{update.name}.adaptive needs the whole batch's gradient, not one of {accumulation} micro-batches'. {fix}"
+                f"updates.{update.name}.adaptive needs the gradient of the whole batch, not of {accumulation} micro-batches. {fix}"
             )

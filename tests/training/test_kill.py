@@ -26,7 +26,8 @@ POINTS = ("staging", "mid_write", "before_marker", "between_marker_and_latest", 
 
 LLM = [
     "dim=16", "layers=1", "heads=2", "kv_heads=1", "head_dim=8", "mlp_dim=16", "sequence=32", "batch.global=4",
-    "batch.micro=null",    f"steps={STEPS}", "log.every=2", "log.refs=true", "log.console=false", "checkpoint.every=2", "checkpoint.keep_last=2",
+    "batch.micro=null", f"steps={STEPS}", "log.every=2", "log.refs=true", "log.console=false",
+    "checkpoint.every=2", "checkpoint.keep_last=2",
     "~evals", "ema={decay: 0.9}", "parallel.precision=fp64",
 ]  # fmt: skip
 
