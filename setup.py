@@ -13,7 +13,12 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=[*find_packages(include=["l3m_like", "l3m_like.*"]), "l3m_like._configs", "l3m_like._configs.experiment", "l3m_like._configs.experiment.preset"],
+    packages=[
+        *find_packages(include=["l3m_like", "l3m_like.*"]),
+        "l3m_like._configs",
+        "l3m_like._configs.experiment",
+        "l3m_like._configs.experiment.preset",
+    ],
     package_dir={
         "l3m_like._configs": "configs",
         "l3m_like._configs.experiment": "configs/experiment",
