@@ -63,7 +63,7 @@ def init_specs(root: nn.Module) -> dict[str, Init]:
         kind = type(root.get_submodule(owner)).__name__
         raise UserError(
             f"no layer says how '{name}' is initialised. Give {kind} a method init_spec() returning "
-            f"{{'{leaf}': Normal(0.02)}} (or Zeros, Ones, Uniform, XavierUniform from l3m_like.core.init), or load it by init.from."
+            f"{{'{leaf}': Normal(0.02)}} (or Zeros, Ones ... of l3m_like.core.init), or load it by init.from."
         )
     for name in specs:
         if name not in names:

@@ -217,5 +217,5 @@ def refuse_split(updates: Sequence[Update], accumulation: int, pipeline: int) ->
                 raise UserError(f"loss.{name} {why}, so it refuses {accumulation} micro-batches per step. {fix}")
         if update.adaptive is not None:
             raise UserError(
-                f"updates.{update.name}.adaptive needs the gradient of the whole batch, not of {accumulation} micro-batches. {fix}"
+                f"updates.{update.name}.adaptive needs the gradient of the whole batch, not {accumulation} micro-batches. {fix}"
             )
