@@ -73,11 +73,11 @@ class Batch:
 class Data:
     """Named datasets (`train` is what is trained on), and how they are read."""
 
-    workers: int = setting(0, "Processes per rank that read, decode and tokenize. 0: in the training process.", at_least=0)
+    workers: int = setting(0, "Threads per rank that read, decode and tokenize. 0: where the step is made.", at_least=0)
     lanes: int | None = setting(
         None,
         "Independent streams of samples, which alone define their order: a divisor of batch.global, a multiple of dp. "
-        "null: min(batch.global, 256).",
+        "null: the largest divisor of batch.global up to 256.",
         at_least=1,
     )
     prefetch: int = setting(2, "Batches prepared ahead of the step.", at_least=0)
