@@ -15,7 +15,7 @@ from typing import Any
 from l3m_like.config.compose import find_config
 from l3m_like.config.ranks import Failures, adopt_launcher
 from l3m_like.config.run_config import RunConfig
-from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.core.errors import Stopped, UserError, did_you_mean
 
 FLAGS = ("--config", "--check", "--check=model", "--debug", "--multirun", "--help")
 
@@ -80,6 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = 0
         failures.close()
         return code
+    except Stopped as stopped:  # on all ranks
+        if failures.rank == 0:
+            print(stopped, flush=True)
+            if failures.last_words is not None:
+                failures.last_words()
+        failures.close()
+        return 0
     except Exception as error:
         return failures.fail(error)
 

@@ -10,6 +10,7 @@ from typing import Any
 from l3m_like.config.run_config import RunConfig, _leaves
 from l3m_like.config.strict import show
 from l3m_like.core.errors import UserError
+from l3m_like.training.metrics import METRICS
 
 #: what may change when a run goes on: how long, on what machines, what is reported and kept; not what is computed
 MAY_CHANGE = (
@@ -24,7 +25,8 @@ MAY_CHANGE = (
     "deterministic",
     "evals",
     "gc_every",
-    "guard",
+    "guard.max_bad_steps",
+    "guard.spike_factor",
     "keep",
     "launcher",
     "log",
@@ -81,6 +83,11 @@ def _claim(cfg: RunConfig) -> tuple[str, str]:
     if cfg.run.id is not None and cfg.run.id != saved.run.id:
         raise UserError(f"run.id = {cfg.run.id}: the run in {folder} has the id {saved.run.id}. {rename}")
     difference = first_difference(saved, cfg)
+    if difference and not any((folder / "checkpoints").glob("step_*")):
+        # nothing was saved: begin anew, and keep what was logged
+        if (folder / METRICS).exists():
+            (folder / METRICS).rename(folder / f"metrics-{saved.run.id}.jsonl")
+        return name, fresh
     if difference:
         path, before, now = difference
         raise UserError(

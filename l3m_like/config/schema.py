@@ -124,11 +124,11 @@ class Optim:
 
 @dataclass(kw_only=True)
 class Adaptive:
-    """A loss weight computed from gradients: norm(gradient of `against`) / norm(gradient of `term`) at one parameter."""
+    """A loss weight computed from gradients: norm(gradient of `against`) / norm(gradient of `term`) at one layer."""
 
     term: str = setting(doc="Name of the loss term whose weight is computed.")
     against: list[str] = setting(doc="Names of the terms that it is balanced against.")
-    at: str = setting(doc="Name of the parameter at which both gradients are taken.")
+    at: str = setting(doc="Path of the Linear layer at whose weight both gradients are taken.")
     max: float = setting(1e4, "Upper bound of the weight.", above=0)
 
 

@@ -20,7 +20,7 @@ from l3m_like.config.job import RECORD, Job, quoted, records, write_table
 from l3m_like.config.ranks import Failures
 from l3m_like.config.run_config import RunConfig
 from l3m_like.config.torchrun_launcher import register
-from l3m_like.core.errors import UserError
+from l3m_like.core.errors import Stopped, UserError
 
 
 class _EndSweep(BaseException):
@@ -100,7 +100,8 @@ def drive(config: Path, overrides: Sequence[str], folder: Path, *, lockstep: boo
         try:
             return run_job(job)
         except Exception as error:
-            job.write("failed", error=str(error).splitlines()[0] if str(error) else type(error).__name__)
+            status = "stopped" if isinstance(error, Stopped) else "failed"
+            job.write(status, error=str(error).splitlines()[0] if str(error) else type(error).__name__)
             raise _EndSweep(error) from error
 
     register()

@@ -10,6 +10,10 @@ class UserError(Exception):
     """Bad input: the message names the place, the value and the fix. Launchers print it once, without a traceback."""
 
 
+class Stopped(UserError):
+    """A signal ended the run before its last step; it was saved, and the same command goes on from there."""
+
+
 def did_you_mean(name: str, options: Iterable[str], *, most: int = 8) -> str:
     """A hint for a wrong ``name``: the nearest of ``options``, or the options themselves when nothing is near."""
     names = sorted({str(option) for option in options})

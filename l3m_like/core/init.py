@@ -121,11 +121,6 @@ class Ones(Init):
         return torch.ones(_lengths(index, shape), dtype=dtype, device=_device(index))
 
 
-def full_index(shape: Sequence[int]) -> list[Tensor]:
-    """The ``index`` of a whole parameter."""
-    return [torch.arange(size) for size in shape]
-
-
 def _draw(
     sample: Sample,
     shift: float,

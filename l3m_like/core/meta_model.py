@@ -190,15 +190,23 @@ class _Nested(ReadWriteBlock):
         return {key: key for key in self._outputs}
 
     def writes_in(self, inference: bool) -> dict[str, str]:
-        return self.writes
+        if not inference:
+            return self.writes
+        written = {key for step in self.model.inference().steps for key in step.block.writes_in(True).values()}
+        return {key: key for key in (self._only if self._only is not None else written) if key in written}
+
+    def bind(self, mesh: Any) -> None:
+        for _, block in self.model.blocks():
+            block.bind(mesh)
 
     def shard_units(self) -> Iterable[nn.Module]:
         for _, block in self.model.blocks():
             yield from block.shard_units()
 
-    def _run(self, data: Data) -> Data:
-        inside = self.model({key: data[key] for key in self._inputs if key in data})
-        return {key: inside[key] for key in self._outputs}
+    def _run(self, data: Data, inference: bool) -> Data:
+        graph = self.model.inference() if inference else None
+        inside = self.model({key: data[key] for key in self._inputs if key in data}, graph)
+        return {key: inside[key] for key in self.writes_in(inference)}
 
 
 class Frozen(_Nested):
@@ -231,7 +239,7 @@ class Frozen(_Nested):
 
     def forward(self, data: Data, inference: bool = False) -> Data:
         with torch.no_grad():
-            return data | self._run(data)
+            return data | self._run(data, inference)
 
 
 class Tower(_Nested):
@@ -271,6 +279,10 @@ class Tower(_Nested):
         """The keys that may be absent, or empty, on a rank."""
         return tuple(self._dummy)
 
+    def after_step(self, mesh: Any) -> None:
+        for _, block in self.model.blocks():
+            block.after_step(mesh)
+
     def dummy(self, device: torch.device) -> dict[str, Tensor]:
         """One row of zeros per declared input."""
         return {
@@ -280,7 +292,7 @@ class Tower(_Nested):
 
     def forward(self, data: Data, inference: bool = False) -> Data:
         if all(key in data and data[key].shape[0] > 0 for key in self._dummy):
-            return data | self._run(data)
+            return data | self._run(data, inference)
         device = next(self.model.parameters()).device
-        out = self._run({k: v for k, v in data.items() if k not in self._dummy} | self.dummy(device))
+        out = self._run({k: v for k, v in data.items() if k not in self._dummy} | self.dummy(device), inference)
         return data | {key: value[:0] for key, value in out.items()}

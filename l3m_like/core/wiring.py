@@ -214,7 +214,7 @@ class Trace:
         self.rows: list[TraceRow] = []
         self._leaves: list[Leaf] = []
         data: Data = {
-            key: torch.empty(spec.shape(**_sizes(spec, rows)), dtype=spec.dtype, device="meta")
+            key: torch.empty(spec.shape(**sizes_of(spec, rows)), dtype=spec.dtype, device="meta")
             for key, spec in wiring.provided.items()
         }
         carried: Data = {}
@@ -290,7 +290,7 @@ def _leaves(
         data = inner(data)
 
 
-def _sizes(spec: KeySpec, rows: int) -> dict[str, int]:
+def sizes_of(spec: KeySpec, rows: int) -> dict[str, int]:
     """A number for each symbol of ``spec``: the rows for B, and any two of what only the data knows (documents ...)."""
     return {dim: 2 for dim in spec.dims if isinstance(dim, str)} | {"B": rows}
 

@@ -111,11 +111,6 @@ class Loader:
         self._made: deque[Future[Step | None]] = deque()
         self._error: Exception | None = None
 
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """Full steps in one pass over the samples; None with packs, where rows are no samples."""
-        return len(self.dataset) // self.global_batch if self.dataset.pack.one_row_per_sample else None
-
     def next_step(self) -> Step | None:
         """The next step, or None after the last of finite data.
 

@@ -61,6 +61,7 @@ def parallelize(
         compile_units: ``torch.compile`` each repeating unit.
         reshard_after_forward: free a unit's gathered parameters after its forward (less memory, more communication).
     """
+    refuse_batch_norm(part, mesh)
     units = [unit for _, block in part.blocks() for unit in block.shard_units()]
     if mesh.size("tp") > 1:
         apply_tensor_parallel(part, mesh)
@@ -76,6 +77,19 @@ def parallelize(
     if mesh.world_size > 1 or precision == "bf16":
         apply_fsdp(part, units, mesh, precision, reshard_after_forward)
     return part
+
+
+def refuse_batch_norm(part: MetaModel, mesh: Mesh) -> None:
+    """Statistics of a batch are those of one rank's micro-batch: the result would depend on how the batch is split."""
+    if mesh.world_size == 1:
+        return
+    frozen = {id(inner) for module in part.modules() if isinstance(module, Frozen) for inner in module.modules()}
+    for path, module in part.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and id(module) not in frozen:
+            raise UserError(
+                f"{path} is {type(module).__name__}, whose statistics would differ from rank to rank. Use GroupNorm or "
+                "LayerNorm, or freeze it with l3m_like.core.Frozen."
+            )
 
 
 def apply_tensor_parallel(part: MetaModel, mesh: Mesh) -> None:

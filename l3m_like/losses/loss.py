@@ -33,8 +33,6 @@ class Loss(ReadWriteBlock):
     count_late: bool = False
     #: "element": a sum over elements; "batch": no such sum (contrastive losses); ``compute`` gathers by itself
     scope: str = "element"
-    #: a late count or batch scope that is nevertheless right when the batch is split into micro-batches
-    splits: bool = False
 
     def __init__(self, weight: float | None = 1.0, *, reads: Mapping[str, str] | None = None, **ports: Any) -> None:
         name = type(self).__name__

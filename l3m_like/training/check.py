@@ -23,9 +23,8 @@ from torch import nn
 from l3m_like.config import RunConfig
 from l3m_like.core.diagram import Diagram, shape_text
 from l3m_like.core.errors import UserError
-from l3m_like.core.keys import KeySpec
 from l3m_like.core.meta_model import MetaModel
-from l3m_like.core.wiring import Program, Trace, check_wiring
+from l3m_like.core.wiring import Program, Trace, check_wiring, sizes_of
 from l3m_like.data.lanes import check_lanes, default_lanes
 from l3m_like.data.paths import DataMissing
 from l3m_like.distributed.mesh import AXES, Mesh, axis_sizes, build_mesh
@@ -131,7 +130,7 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
             accumulation=run.accumulation,
         )
         meta = {
-            key: torch.empty(_shape(spec, run.micro_rows), dtype=spec.dtype, device="meta")
+            key: torch.empty(spec.shape(**sizes_of(spec, run.micro_rows)), dtype=spec.dtype, device="meta")
             for key, spec in run.wiring.provided.items()
         }
         activations = measure_activations(
@@ -294,10 +293,6 @@ def _directory(cfg: RunConfig) -> list[str]:
     if difference is None:
         return []
     return [f"{cfg.run_dir} already holds a run with another {difference[0]} ({difference[1]!r}): give this one a run.name"]
-
-
-def _shape(spec: KeySpec, rows: int) -> tuple[int, ...]:
-    return spec.shape(**({dim: 2 for dim in spec.dims if isinstance(dim, str)} | {"B": rows}))
 
 
 # ---- the sections of the report ------------------------------------------------------------------------------------

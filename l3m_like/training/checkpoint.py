@@ -169,10 +169,17 @@ class Checkpointer:
         self.wait()
         self._on_main(self._sweep)
 
-    def close(self) -> None:
-        """Finish the save under way and give up the process group."""
+    def close(self, *, quiet: bool = False) -> None:
+        """Finish the save under way and give up the process group.
+
+        ``quiet``: only log that the save failed, where another error is on its way.
+        """
         try:
             self.wait()
+        except UserError as error:
+            if not quiet:
+                raise
+            log.warning("%s", error)
         finally:
             if self._owned:
                 dist.destroy_process_group(self.group)
@@ -299,7 +306,7 @@ class Checkpointer:
         """
         self.wait()
         path = self.directory / _name(step)
-        self._on_main(lambda: _requirewhole_steps(self.directory, step))
+        self._on_main(lambda: _require_whole(self.directory, step))
         _match(path, _read_index(path), tensors, partial=partial)
         _fill(path, tensors, self.group)
         self._held = None if partial else step
@@ -353,7 +360,7 @@ def load_full(directory: str | Path, step: int | None = None, names: Iterable[st
         step = next(iter(whole_steps(directory)), None)
         if step is None:
             raise DamagedCheckpoint(f"{directory} holds no checkpoint.")
-    _requirewhole_steps(directory, step)
+    _require_whole(directory, step)
     path = directory / _name(step)
     index = _read_index(path)
     wanted = list(index) if names is None else list(names)
@@ -363,12 +370,6 @@ def load_full(directory: str | Path, step: int | None = None, names: Iterable[st
     tensors = {name: torch.empty(index[name]["shape"], dtype=_dtype(index[name])) for name in wanted}
     _fill(path, tensors, None)
     return tensors
-
-
-def load_state(directory: str | Path, step: int) -> dict[str, Any]:
-    """The ``state`` of a checkpoint, without its tensors."""
-    _requirewhole_steps(Path(directory), step)
-    return json.loads((Path(directory) / _name(step) / STATE).read_text())
 
 
 # ---- which checkpoints are there -----------------------------------------------------------------------------------------
@@ -440,7 +441,7 @@ def whole_steps(directory: Path, unreadable: Container[int] = ()) -> Iterable[in
         )
 
 
-def _requirewhole_steps(directory: Path, step: int) -> None:
+def _require_whole(directory: Path, step: int) -> None:
     if (what := damage(directory / _name(step))) is not None:
         whole = [s for s in _steps(directory) if damage(directory / _name(s)) is None]
         have = f"Whole ones: steps {', '.join(map(str, whole))}." if whole else f"{directory} holds no whole one."

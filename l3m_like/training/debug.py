@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.meta_model import MetaModel
+from l3m_like.distributed.gradients import local
 
 
 class Debug:
@@ -63,7 +63,7 @@ class Debug:
             return
         from safetensors.torch import save_file
 
-        tensors = {key: _local(value).detach() for key, value in data.items() if isinstance(value, Tensor)}
+        tensors = {key: local(value).detach() for key, value in data.items() if isinstance(value, Tensor)}
         tensors = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
         save_file(tensors, self.folder / f"first_batch{self._suffix}.safetensors")
         self._batch_saved = True
@@ -118,7 +118,7 @@ class _PartRecorder:
 @torch.no_grad()
 def statistics(tensor: Tensor) -> dict[str, Any]:
     """Shape, dtype, numbers of NaN and infinite values, and mean, std, min, max of the finite ones (None if there are none)."""
-    values = _local(tensor).detach()
+    values = local(tensor).detach()
     described = {"shape": list(values.shape), "dtype": str(values.dtype).removeprefix("torch.")}
     wide = values.to(torch.float64 if values.dtype in (torch.float64, torch.int64) else torch.float32).flatten()
     finite = wide[wide.isfinite()]
@@ -127,7 +127,3 @@ def statistics(tensor: Tensor) -> dict[str, Any]:
         found = {"mean": finite.mean(), "std": finite.std(correction=0), "min": finite.min(), "max": finite.max()}
         numbers = {name: float(value) for name, value in found.items()}
     return described | numbers | {"nan": int(wide.isnan().sum()), "inf": int(wide.isinf().sum())}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

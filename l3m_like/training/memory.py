@@ -149,10 +149,6 @@ def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     return below(module)
 
 
-def _unsharded_numel(parameter: Tensor) -> int:
-    return torch.Size(tp_shape(parameter)).numel()
-
-
 def tp_shape(parameter: Tensor) -> tuple[int, ...]:
     """The shape that this rank computes with: whole, but for what tensor parallelism cuts."""
     shape = list(parameter.shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from l3m_like.config import RunConfig, start_run
 from l3m_like.core.diagram import Diagram
-from l3m_like.core.errors import UserError
+from l3m_like.core.errors import Stopped, UserError
 from l3m_like.core.meta_model import MetaModel, as_model
 from l3m_like.core.wiring import Trace, Wiring, check_wiring, parts_of
 from l3m_like.data.lanes import check_lanes, default_lanes
@@ -39,9 +40,9 @@ from l3m_like.training.optim import EMA, Guard
 from l3m_like.training.record import StepRecord, flush, watch_bad_steps
 from l3m_like.training.report import Reporter
 from l3m_like.training.schedule import Schedule
-from l3m_like.training.start_from import find_checkpoint, load_weights
+from l3m_like.training.start_from import find_checkpoint, frozen_parts, load_weights, restore_sources
 from l3m_like.training.state import state_tensors
-from l3m_like.training.updates import Update, assign_parameters, plan_updates, refuse_split
+from l3m_like.training.updates import Update, assign_parameters, plan_updates, refuse_gaps, refuse_split, refuse_state
 
 
 @dataclass
@@ -65,6 +66,9 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
     with torch.device("meta"):
         model, losses = as_model(cfg.instantiate("model")), cfg.instantiate("loss")
     parts = parts_of(model)
+    refuse_state(losses)
+    if cfg.init is None:
+        random_weights(parts.values())  # a frozen part that nothing would be loaded into
     check_lanes(cfg.batch.global_, cfg.batch.micro or 1, dp_size, cfg.data.lanes or default_lanes(cfg.batch.global_))
     updates = plan_updates(cfg, parts, losses)
     rows = cfg.batch.global_ // dp_size
@@ -77,6 +81,7 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
         written = {key for _, block in wiring.blocks(update.program) for key in block.writes.values()}
         later = dict.fromkeys(key for other in updates[number + 1 :] for key in wiring.carried[other.name])
         update.keep = tuple(key for key in later if key in written)
+    refuse_gaps(updates, wiring.carried)
     trace = Trace(wiring, micro_rows)
     if cfg.tokens is not None and dataset.unit != "tokens":
         raise UserError(f"tokens: {cfg.tokens}: this data is counted in {dataset.unit}. Give `steps` or `epochs` instead.")
@@ -85,7 +90,11 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
 
 
 def train(cfg: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, float]:
-    """Train what ``cfg`` describes and return the final metrics (``loss``, one entry per evaluation, ...)."""
+    """Train what ``cfg`` describes and return the final metrics (``loss``, one entry per evaluation, ...).
+
+    Raises:
+        UserError: bad input, with the fix. Stopped: SIGTERM or SIGUSR1 came, and the run was saved.
+    """
     with contextlib.ExitStack() as closing:
         return _train(RunConfig.of(cfg), closing)
 
@@ -94,6 +103,8 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     # ---- mesh, model, weights ------------------------------------------------------------------------------------
     if cfg.deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler, which takes seconds
         torch.use_deterministic_algorithms(cfg.deterministic)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     mesh = build_mesh(cfg.mesh_axes())
     run = plan(cfg, mesh.dp_size)
     run_dir = start_run(cfg)
@@ -104,7 +115,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         keep_every=cfg.checkpoint.keep_every,
         asynchronous=cfg.checkpoint.asynchronous,
     )
-    closing.callback(checkpointer.close)
+    closing.push(lambda failed, *_: checkpointer.close(quiet=failed is not None))
     resumes = checkpointer.latest() is not None or cfg.checkpoint.resume not in ("auto", "never")
     for loss in run.losses.values():
         loss.bind(mesh)
@@ -124,7 +135,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         if not resumes:
             initialize(part, cfg.seed, f"{name}." if name else "", specs)
         part.train()
-    if cfg.init is not None:
+    if cfg.init is not None and not resumes:
         load_weights(run.model, cfg.init.from_, strict=cfg.init.strict)
 
     # ---- optimizers, state, data ---------------------------------------------------------------------------------
@@ -137,6 +148,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     saved: dict[str, Any] = {"step": 0, "data": None, "bad_steps": 0, "final": {}}
     if resumes:
         saved = resume(checkpointer, cfg.checkpoint.resume, tensors)
+        restore_sources(run.model, saved["frozen"])
     checkpointer.clean()
     step, bad_steps = saved["step"], saved["bad_steps"]
     loader = Loader(
@@ -175,14 +187,13 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     pending: list[StepRecord] = []
     final: dict[str, float] = saved["final"]
     began = time.perf_counter()
-    if cfg.gc_every:  # ranks that collect at different moments wait for each other
-        gc.collect()
-        gc.disable()
-        closing.callback(gc.enable)
+    gc.collect()
+    gc.disable()  # ranks that collect at different moments wait for each other
+    closing.callback(gc.enable)
     while upcoming is not None:
         batch, totals, stop, waited = upcoming.agreed(mesh)
-        if batch is None:  # the data ends on all ranks at the same step
-            break
+        if batch is None:
+            raise RuntimeError(f"step {step}: some ranks have no batch, though the data has {steps} steps")
         seed_streams(cfg.seed, step, mesh)
         scale = schedule.scale(step)
         sums: dict[str, Tensor] = {}
@@ -223,14 +234,17 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             if saving:
                 lanes = {lane: state for states in gather_objects(batch.state) for lane, state in states.items()}
                 state = {"step": step, "data": lanes, "bad_steps": bad_steps, "final": final, "config": cfg.to_dict()}
+                state["frozen"] = {path: part.loaded_from for path, part in frozen_parts(run.model).items()}
                 checkpointer.save(step, tensors, state)
             began = time.perf_counter()
-        if cfg.gc_every and step % cfg.gc_every == 0:
+        if step % cfg.gc_every == 0:
             gc.collect()
 
     # ---- the end -------------------------------------------------------------------------------------------------
     checkpointer.wait()
     reporter.close(final)
+    if step < steps:
+        raise Stopped(f"stopped by a signal after step {step} of {steps}; saved. The same command goes on from there.")
     return final
 
 
@@ -240,4 +254,5 @@ def resume(checkpointer: Checkpointer, where: str, tensors: Mapping[str, Tensor]
     if found is not None:
         return found[1]
     folder, step = find_checkpoint(where, "checkpoint.resume")
-    return Checkpointer(folder).load(step, tensors)
+    with contextlib.closing(Checkpointer(folder)) as other:
+        return other.load(step, tensors)

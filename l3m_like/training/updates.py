@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from l3m_like.config.schema import Update as UpdateConfig
 from l3m_like.core.block import Data
@@ -55,6 +56,8 @@ class Update:
         )
         self.optimizer = AdamW(groups, betas=optim.betas, eps=optim.eps)
         self.guard = guard
+        if self.adaptive is not None:
+            self.adaptive.refuse_cut(self.name)
         self.tp_summed = tp_summed_parameters(self.parts.values())
 
     def forward_backward(self, data: Data, totals: Mapping[str, float], mesh: Mesh) -> tuple[dict[str, Tensor], Data]:
@@ -130,6 +133,19 @@ class AdaptiveWeight:
             linears = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
             raise UserError(f"updates.*.adaptive.at: '{self.at}' is not a Linear layer. {did_you_mean(self.at, linears)}")
         layer.register_forward_hook(self._remember)
+        self._layer = layer
+
+    def refuse_cut(self, update: str) -> None:
+        """Refuse a layer that tensor parallelism has cut: each rank would see a part of its gradient."""
+        weight = self._layer.weight
+        if not isinstance(weight, DTensor):
+            return
+        names = weight.device_mesh.mesh_dim_names or ()
+        if "tp" in names and not weight.placements[names.index("tp")].is_replicate():
+            raise UserError(
+                f"updates.{update}.adaptive.at: '{self.at}' is cut by tensor parallelism. "
+                "Name a layer that is whole, or set parallel.tp: 1."
+            )
 
     def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._input, self._output = inputs[0].detach(), output
@@ -205,6 +221,32 @@ def assign_parameters(updates: Sequence[Update], trainable: Mapping[str, nn.Para
             raise UserError(f"'{name}' is in no update. Add it to an update's `params`, or freeze it with l3m_like.core.Frozen.")
 
 
+def refuse_state(losses: Mapping[str, Loss]) -> None:
+    """Losses own no weights: they would be neither sharded, trained nor saved."""
+    for name, loss in losses.items():
+        owned = (*loss.named_parameters(), *loss.named_buffers(), *vars(loss).items())
+        held = [path for path, value in owned if isinstance(value, Tensor)]
+        if held:
+            raise UserError(
+                f"loss.{name} holds the tensor '{held[0]}'. A loss owns none: put a network into the model, as a Frozen block "
+                "that writes what the loss reads, and make constants in compute."
+            )
+
+
+def refuse_gaps(updates: Sequence[Update], carried: Mapping[str, Sequence[str]]) -> None:
+    """Refuse updates that leave a step without any, or read what an update wrote that does not run in the same step."""
+    if not any(update.start == 0 and update.every == 1 for update in updates):
+        raise UserError("updates: none of them runs at every step; one must have `start: 0` and `every: 1`.")
+    for number, update in enumerate(updates):
+        for key in carried[update.name]:
+            writer = next(u for u in reversed(updates[:number]) if key in u.keep)
+            if writer.start > update.start or update.every % writer.every or (update.start - writer.start) % writer.every:
+                raise UserError(
+                    f"updates.{update.name} reads '{key}' of updates.{writer.name}, which does not run at all of its steps. "
+                    "Give the two the same `start` and `every`."
+                )
+
+
 def refuse_split(updates: Sequence[Update], accumulation: int, pipeline: int) -> None:
     """Refuse what cannot be split into micro-batches where there would be several."""
     if accumulation == 1 and pipeline == 1:
@@ -212,7 +254,7 @@ def refuse_split(updates: Sequence[Update], accumulation: int, pipeline: int) ->
     fix = "Raise batch.micro so that one micro-batch holds the rank's rows."
     for update in updates:
         for name, loss in update.losses.items():
-            if (loss.count_late or loss.scope == "batch") and not loss.splits:
+            if loss.count_late or loss.scope == "batch":
                 why = "counts in the forward (count_late)" if loss.count_late else "is no sum over elements (scope: batch)"
                 raise UserError(f"loss.{name} {why}, so it refuses {accumulation} micro-batches per step. {fix}")
         if update.adaptive is not None:

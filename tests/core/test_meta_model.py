@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l3m_like.core import Frozen, MetaModel, ReadWriteBlock, Series, UserError, Wrap
+from l3m_like.core import Frozen, MetaModel, ReadWriteBlock, Series, Tower, UserError, Wrap
 from l3m_like.core.meta_model import as_model
 from l3m_like.core.wiring import parts_of
 
@@ -156,3 +156,39 @@ def test_frozen_takes_the_stream() -> None:
     block = model.preprocessor["encoder"]
     assert block.reads == {"text_ids": "text_ids"} and block.writes == {"text_tokens": "text_tokens"}
     assert "text_tokens" in model({"text_ids": torch.arange(3)})
+
+
+class Notes(Add):
+    """Notes what it is told."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.told: list[Any] = []
+
+    def bind(self, mesh: Any) -> None:
+        self.told.append(("bind", mesh))
+
+    def after_step(self, mesh: Any) -> None:
+        self.told.append(("after_step", mesh))
+
+
+def test_blocks_in_towers_and_frozen_parts_are_told() -> None:
+    free, still = Notes("image", "y"), Notes("y", "z")
+    model = MetaModel({"tower": Tower(free, dummy={"image": [3]}), "frozen": Frozen(still)})
+    for _, block in model.blocks():
+        block.bind(1)
+        block.after_step(2)
+    assert free.told == [("bind", 1), ("after_step", 2)] and still.told == [("bind", 1)]  # what is frozen does not change
+
+
+@pytest.mark.parametrize("nest", [lambda m: Frozen(m), lambda m: Tower(m, dummy={"image": [3]})])
+def test_the_inference_graph_reaches_inside(nest: Any) -> None:
+    parts = {"noise": Add("image", "noised", training_only=True), "text": Embed(stream="text")}
+    inner = MetaModel(parts, head=Head(stream="text", writes=["nll"]))
+    model = MetaModel({"nested": nest(inner)})
+    data = {"text_ids": torch.arange(4), "image": torch.zeros(1, 3)}
+    out = model(data, model.inference())
+    assert "text_logits" in out and "text_nll" not in out and "noised" not in out
+    assert set(model.preprocessor["nested"].writes_in(True)) == {"text_tokens", "text_logits"}
+    trained = model(data)
+    assert "text_nll" in trained and "text_logits" not in trained and "noised" in trained

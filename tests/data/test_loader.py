@@ -287,11 +287,6 @@ def test_finite_packs_use_no_sample_more_often_than_epochs(text: Dataset) -> Non
     loader.close()
 
 
-def test_steps_per_epoch(text: Dataset) -> None:
-    assert Loader(numbers(27), seed=0, global_batch=8, micro_batch=8).steps_per_epoch == 3
-    assert Loader(text, seed=0, global_batch=8, micro_batch=8).steps_per_epoch is None
-
-
 @pytest.mark.parametrize("kind", ["numbers", "text"])
 @pytest.mark.parametrize("dp", [1, 2, 3, 8])
 def test_eval_covers_every_row_once_and_ranks_stay_together(kind: str, dp: int, text: Dataset) -> None:

@@ -170,7 +170,7 @@ def dummy_counts() -> Iterator[None]:
     def uncut(self: Any, data: Any, inference: bool = False) -> Any:
         if "image" in data and len(data["image"]):
             return forward(self, data, inference)
-        return data | self._run(self.dummy(torch.device("cpu")))
+        return data | self._run(self.dummy(torch.device("cpu")), inference)
 
     def seen(self: Any, text: torch.Tensor, image: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         unused = not place.is_meta and int(place.max()) < text.shape[0] * text.shape[1]

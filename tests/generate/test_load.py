@@ -8,7 +8,7 @@ import torch
 from l3m_like import load
 from l3m_like.config.run_config import RunConfig
 from l3m_like.core import UserError
-from l3m_like.core.init import Normal, full_index
+from l3m_like.core.init import Normal
 from tests.generate.tiny import CONFIGS, OVERRIDES, save_run, tiny
 
 
@@ -49,7 +49,7 @@ def test_dtype_and_tied_weights(tmp_path) -> None:
 def test_a_config_gives_the_weights_of_step_0() -> None:
     loaded = load(CONFIGS / "llm.yaml", overrides=[*OVERRIDES["llm"], "seed=5"])
     name = "preprocessor.embed.weight"
-    expected = Normal(0.02).draw(5, name, full_index((257, 32)), (257, 32))
+    expected = Normal(0.02).draw(5, name, [torch.arange(n) for n in (257, 32)], (257, 32))
     assert torch.equal(weights(loaded)[name], expected) and loaded.step is None
     again = load(RunConfig.from_file(CONFIGS / "llm.yaml", [*OVERRIDES["llm"], "seed=5"]))
     assert_same(weights(loaded), weights(again))

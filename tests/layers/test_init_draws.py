@@ -9,7 +9,7 @@ import torch
 
 from l3m_like.core import init as init_module
 from l3m_like.core.errors import UserError
-from l3m_like.core.init import Normal, Ones, Uniform, XavierUniform, Zeros, full_index
+from l3m_like.core.init import Normal, Ones, Uniform, XavierUniform, Zeros
 
 SHAPE = (12, 5, 3)
 ALL = [Normal(0.02), Uniform(0.3), Zeros(), Ones(), XavierUniform()]
@@ -17,20 +17,20 @@ ALL = [Normal(0.02), Uniform(0.3), Zeros(), Ones(), XavierUniform()]
 
 @pytest.mark.parametrize("spec", ALL, ids=lambda spec: type(spec).__name__)
 def test_a_shard_is_a_slice_of_the_whole(spec, monkeypatch) -> None:
-    whole = spec.draw(3, "a.weight", full_index(SHAPE), SHAPE)
+    whole = spec.draw(3, "a.weight", [torch.arange(n) for n in SHAPE], SHAPE)
     assert whole.shape == SHAPE and whole.dtype == torch.float32
     rows, columns, depth = torch.tensor([1, 2, 7, 11]), torch.tensor([4, 0]), torch.arange(3)
     part = spec.draw(3, "a.weight", [rows, columns, depth], SHAPE)
     assert torch.equal(part, whole[rows][:, columns][:, :, depth])
     monkeypatch.setattr(init_module, "_CHUNK", 16)  # one row at a time
-    assert torch.equal(spec.draw(3, "a.weight", full_index(SHAPE), SHAPE), whole)
+    assert torch.equal(spec.draw(3, "a.weight", [torch.arange(n) for n in SHAPE], SHAPE), whole)
     empty = spec.draw(3, "a.weight", [torch.arange(0), columns, depth], SHAPE)
     assert empty.shape == (0, 2, 3)
 
 
 def test_draws_depend_on_seed_and_name() -> None:
     def draw(seed: int, name: str) -> torch.Tensor:
-        return Normal(1.0).draw(seed, name, full_index((50,)), (50,))
+        return Normal(1.0).draw(seed, name, [torch.arange(n) for n in (50,)], (50,))
 
     assert torch.equal(draw(0, "a"), draw(0, "a"))
     assert not torch.equal(draw(0, "a"), draw(1, "a")) and not torch.equal(draw(0, "a"), draw(0, "b"))
@@ -38,10 +38,10 @@ def test_draws_depend_on_seed_and_name() -> None:
 
 def test_statistics() -> None:
     shape = (400, 300)
-    values = Normal(0.02).draw(0, "w", full_index(shape), shape).double()
+    values = Normal(0.02).draw(0, "w", [torch.arange(n) for n in shape], shape).double()
     assert abs(values.mean()) < 3e-4 and abs(values.std() / 0.02 - 1) < 0.01
     assert abs((values.abs() < 0.02).double().mean() - 0.6827) < 0.01
-    values = XavierUniform().draw(0, "w", full_index(shape), shape)
+    values = XavierUniform().draw(0, "w", [torch.arange(n) for n in shape], shape)
     bound = math.sqrt(6 / 700)
     assert values.abs().max() <= bound and values.abs().max() > 0.999 * bound
     assert abs(values.std() / (bound / math.sqrt(3)) - 1) < 0.01
@@ -57,7 +57,7 @@ def test_xavier_fans() -> None:
 def test_scalar_and_float64() -> None:
     one = Normal(1.0).draw(0, "s", [], (), dtype=torch.float64)
     assert one.shape == () and one.dtype == torch.float64
-    assert Normal(1.0).draw(0, "s", full_index((3,)), (3,), dtype=torch.float64)[0] == one
+    assert Normal(1.0).draw(0, "s", [torch.arange(n) for n in (3,)], (3,), dtype=torch.float64)[0] == one
 
 
 def test_bad_numbers() -> None:
@@ -65,4 +65,4 @@ def test_bad_numbers() -> None:
         with pytest.raises(UserError, match="above 0"):
             make()
     with pytest.raises(UserError, match="one per dimension"):
-        Zeros().draw(0, "x", full_index((3,)), (3, 4))
+        Zeros().draw(0, "x", [torch.arange(n) for n in (3,)], (3, 4))

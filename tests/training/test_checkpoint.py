@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from l3m_like.core.errors import UserError
 from l3m_like.training import checkpoint
-from l3m_like.training.checkpoint import Checkpointer, DamagedCheckpoint, damage, load_full, load_state
+from l3m_like.training.checkpoint import Checkpointer, DamagedCheckpoint, damage, load_full
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is an ordinary case
 DRIVER = Path(__file__).with_name("checkpoint_driver.py")
@@ -75,7 +75,7 @@ def test_round_trip(tmp_path, asynchronous):
     assert fresh.latest() == 7
     assert fresh.load(7, here) == state
     assert equal(here, tensors(7))
-    assert load_state(tmp_path / "deep" / "checkpoints", 7) == state
+    assert json.loads((path_of(tmp_path / "deep" / "checkpoints", 7) / "state.json").read_text()) == state
 
 
 def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path):
@@ -91,7 +91,7 @@ def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path):
     gate.set()
     checkpointer.wait()
     assert equal(load_full(tmp_path, 1), tensors(1))
-    assert load_state(tmp_path, 1) == {"list": [1]}
+    assert json.loads((path_of(tmp_path, 1) / "state.json").read_text()) == {"list": [1]}
 
 
 def test_load_full_whole_and_by_name(tmp_path):

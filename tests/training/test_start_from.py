@@ -1,0 +1,130 @@
+"""Weights from another run, frozen parts, and what a run that was stopped leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import l3m_like
+from l3m_like.core.errors import Stopped, UserError
+from l3m_like.training.checkpoint import load_full
+from tests.distributed.toys import VECTORS
+
+TOYS = "tests.distributed.toys."
+
+
+def tree(folder: Path, name: str, *, frozen: bool = False, **settings: Any) -> dict[str, Any]:
+    encode: dict[str, Any] = {"_target_": TOYS + "Encode"}
+    if frozen:
+        encode = {"_target_": "l3m_like.core.Frozen", "model": encode}
+    return {
+        "steps": 2,
+        "batch": {"global": 4},
+        "data": VECTORS,
+        "model": {
+            "_target_": "l3m_like.core.MetaModel",
+            "stream": "data",
+            "preprocessor": {"encode": encode},
+            "head": {"_target_": TOYS + "Decode"},
+        },
+        "loss": {"rebuild": {"_target_": TOYS + "Rebuild", "stream": "data"}},
+        "optim": {"lr": 0.01},
+        "checkpoint": {"every": 1},
+        "log": {"console": False, "every": 1},
+        "run": {"dir": str(folder), "name": name},
+    } | settings
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in load_full(folder / name / "checkpoints").items() if key.startswith("model/")}
+
+
+def test_a_frozen_part_is_in_the_checkpoint_and_the_source_may_go(tmp_path: Path) -> None:
+    teacher, frozen = tree(tmp_path, "teacher", frozen=True, seed=1), tree(tmp_path, "student", frozen=True)
+    with pytest.raises(UserError, match="preprocessor.encode is Frozen, but no weights were loaded"):
+        l3m_like.train(copy.deepcopy(frozen))
+    teacher["model"]["preprocessor"]["encode"]["random_weights"] = True
+    l3m_like.train(teacher)
+    frozen["init"] = {"from": str(tmp_path / "teacher")}
+    l3m_like.train(copy.deepcopy(frozen))
+    kept = [name for name in weights(tmp_path, "student") if ".encode." in name]
+    assert len(kept) == 2
+    for name in kept:
+        assert torch.equal(weights(tmp_path, "student")[name], weights(tmp_path, "teacher")[name])
+    shutil.rmtree(tmp_path / "teacher")
+    l3m_like.train(copy.deepcopy(frozen) | {"steps": 3})  # goes on, and does not read the source again
+    states = [json.loads(path.read_text()) for path in (tmp_path / "student" / "checkpoints").glob("step_*/state.json")]
+    assert {state["step"] for state in states} == {2, 3}
+    assert all(state["frozen"] == {"preprocessor.encode": str(tmp_path / "teacher")} for state in states)
+    assert l3m_like.load(tmp_path / "student").step == 3
+
+
+def test_what_strict_leaves_out_is_not_called_loaded(tmp_path: Path) -> None:
+    l3m_like.train(tree(tmp_path, "other"))
+    start = {"from": str(tmp_path / "other"), "strict": False}
+    with pytest.raises(UserError, match="preprocessor.encode is Frozen, but no weights were loaded into it"):
+        l3m_like.train(tree(tmp_path, "student", frozen=True, init=start))
+    l3m_like.train(tree(tmp_path, "plain", init=start))
+    with pytest.raises(UserError, match="holds no 'model/preprocessor.encode.model.preprocessor.proj.weight'"):
+        l3m_like.train(tree(tmp_path, "student", frozen=True, init={"from": str(tmp_path / "other")}))
+
+
+def test_a_signal_saves_and_is_not_called_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from l3m_like.training.updates import Update
+
+    step = Update.step
+
+    def signalled(self: Update, *args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "step", signalled)
+        with pytest.raises(Stopped, match="after step 2 of 9; saved"):
+            l3m_like.train(tree(tmp_path, "run", steps=9))
+    assert signal.getsignal(signal.SIGTERM) == before
+    l3m_like.train(tree(tmp_path, "run", steps=9))
+    l3m_like.train(tree(tmp_path, "whole", steps=9))
+    for name, value in weights(tmp_path, "whole").items():
+        assert torch.equal(weights(tmp_path, "run")[name], value), name
+
+
+def test_a_run_without_a_checkpoint_gives_its_directory_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from l3m_like.training.checkpoint import Checkpointer
+
+    def full(self: Checkpointer, *args: Any) -> None:
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "save", full)
+        with pytest.raises(UserError, match="disk is full"):
+            l3m_like.train(tree(tmp_path, "run"))
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text()
+    l3m_like.train(tree(tmp_path, "run", seed=1))
+    (aside,) = (tmp_path / "run").glob("metrics-*.jsonl")
+    assert aside.read_text() == logged and (tmp_path / "run" / "metrics.jsonl").read_text() != logged
+    with pytest.raises(UserError, match="seed is 1 there and 2 here"):
+        l3m_like.train(tree(tmp_path, "run", seed=2))
+
+
+def test_a_batch_norm_is_refused_on_several_ranks() -> None:
+    from types import SimpleNamespace
+
+    from l3m_like.core import Frozen, MetaModel, Wrap
+    from l3m_like.distributed.parallelize import refuse_batch_norm
+
+    wrapped = Wrap(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), reads={"i": "x"}, writes={"o": "y"})
+    refuse_batch_norm(MetaModel(wrapped), SimpleNamespace(world_size=1))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="preprocessor.module.1 is BatchNorm1d.*GroupNorm"):
+        refuse_batch_norm(MetaModel(wrapped), SimpleNamespace(world_size=2))  # type: ignore[arg-type]
+    refuse_batch_norm(MetaModel(Frozen(wrapped)), SimpleNamespace(world_size=2))  # type: ignore[arg-type]
