@@ -81,7 +81,20 @@ class Data:
         at_least=1,
     )
     prefetch: int = setting(2, "Batches prepared ahead of the step.", at_least=0)
+    remainder: str = setting(
+        "drop",
+        "With `epochs`: rows at the end that make no whole step. drop; pad with empty rows; wrap: fill from the next epoch.",
+        choices=("drop", "pad", "wrap"),
+    )
+    max_bad_samples: int = setting(
+        0, "How many samples that cannot be read are left out (and noted in ledger.jsonl). 0: the first ends the run.", at_least=0
+    )
     sets: dict[str, Any] = setting({}, "The datasets: every other key of `data`.", rest=True)
+
+    @property
+    def keeps_ledger(self) -> bool:
+        """Whether samples may be left out: bad ones, or ones that are too long for their pack."""
+        return self.max_bad_samples > 0 or (self.sets["train"].get("pack") or {}).get("too_long") == "drop"
 
 
 @dataclass(kw_only=True)

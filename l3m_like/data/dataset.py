@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,15 +15,17 @@ from torch import Tensor
 from l3m_like.core.errors import UserError
 from l3m_like.core.keys import KeySpec
 from l3m_like.core.random import key_of
-from l3m_like.data.packing import Packer, Piece
+from l3m_like.data.mixing import Mix
+from l3m_like.data.packing import Packer, Piece, Ref
 
 
 @dataclass(frozen=True)
 class Item:
-    """A processed sample and where it came from."""
+    """A processed sample and where it came from: its name for people, and the name of its source in a mixture."""
 
     reference: str
     data: Mapping[str, np.ndarray]
+    source: str = ""
 
     @property
     def size(self) -> int:
@@ -57,6 +61,27 @@ class Source(Protocol):
         """A name for people that is the same on every machine, e.g. ``shakespeare.jsonl#123``."""
 
 
+class Stream(Protocol):
+    """Shards that are read from their beginning: no index, and so no random access."""
+
+    path: str
+
+    def shards(self) -> list[str]:
+        """The shards' names, in an order that is the same on every machine. Reads no more than the listing."""
+
+    def open(self, shard: int, skip: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """``(reference, raw sample)`` of one shard from sample number ``skip`` on."""
+
+
+class BadSample(UserError):
+    """A sample that cannot be read or processed; the message begins with its reference."""
+
+    def __init__(self, reference: str, message: str) -> None:
+        super().__init__(f"{reference}: {message}")
+        self.reference = reference
+        self.message = message
+
+
 class Processor(Protocol):
     def keys(self) -> dict[str, KeySpec]:
         """What one sample holds; a symbolic dimension differs from sample to sample."""
@@ -68,64 +93,196 @@ class Processor(Protocol):
         """The processed sample: a function of its arguments alone, called from several threads."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One source of a dataset with what is done to its samples; ``name`` is "" where there is no mixture."""
+
+    name: str
+    source: Any  # Source or Stream
+    process: Processor
+
+    @property
+    def indexed(self) -> bool:
+        return not hasattr(self.source, "shards")
+
+    def work(self, reference: str, read: Callable[[], Mapping[str, Any]], *, epoch: int = 0, seed: int = 0) -> Item:
+        """A sample, read and processed; any thread may do it.
+
+        Raises:
+            BadSample: it cannot be.
+        """
+        try:
+            return Item(reference, self.process(read(), Visit(reference, epoch, seed)), self.name)
+        except BadSample:
+            raise
+        except UserError as error:
+            raise BadSample(reference, str(error)) from error
+        except Exception as error:
+            raise BadSample(reference, f"{type(error).__name__}: {error}") from error
+
+
 class Dataset:
-    """Source, processor and packer of one stream of rows. The constructor reads no file.
+    """Sources, what is done to their samples, and how these become rows. The constructor reads no file.
+
+    Args:
+        source: a Source or Stream, or a named dict of them (a mixture).
+        process: a processor, or one for each name.
+        pack: the packer.
+        mix: of a mixture: how much each source gives.
+        shuffle: False: samples come in file order.
+        block: how many samples of a Stream each lane shuffles together (it holds as many in memory).
 
     Raises:
-        UserError: packer and processor do not fit.
+        UserError: packer and processor do not fit; names of sources, processors and weights differ.
     """
 
-    def __init__(self, source: Source, process: Processor, pack: Packer) -> None:
-        self.source = source
-        self.process = process
+    def __init__(
+        self, source: Any, process: Any, pack: Packer, mix: Mix | None = None, *, shuffle: bool = True, block: int = 64
+    ) -> None:
+        several = isinstance(source, Mapping)
+        if several != (mix is not None):
+            raise UserError("a dict of sources needs `mix: {weights: ...}`, and one source has none.")
+        if block < 1:
+            raise UserError(f"block is {block}; it is a number of samples, at least 1.")
+        sources = dict(source) if several else {"": source}
+        if mix is not None:
+            mix.check(list(sources))
+        if isinstance(process, Mapping) and set(process) != set(sources):
+            raise UserError(f"process has {sorted(process)}, but source has {sorted(sources)}: one for each, or one for all.")
+        self.parts = {
+            name: Part(name, each, process[name] if isinstance(process, Mapping) else process) for name, each in sources.items()
+        }
         self.pack = pack
+        self.mix = mix
+        self.shuffle = shuffle
+        self.block = block
+        self.names = tuple(sources) if several else ()
         self.keys()  # refuses a packer that cannot take what the processor makes
 
+    @property
+    def source(self) -> Any:
+        """The (first) source."""
+        return next(iter(self.parts.values())).source
+
+    @property
+    def process(self) -> Any:
+        """The (first) processor."""
+        return next(iter(self.parts.values())).process
+
+    @property
+    def indexed(self) -> bool:
+        """Whether every source has an index."""
+        return all(part.indexed for part in self.parts.values())
+
     def __len__(self) -> int:
-        """Number of samples (reads the source's index)."""
-        return len(self.source)
+        """Number of samples (reads the sources' indices).
+
+        Raises:
+            UserError: a Stream, which cannot know.
+        """
+        for part in self.parts.values():
+            if not part.indexed:
+                raise UserError(f"{part.source.path} is a stream: its length is not known. Give `steps`, not `epochs`.")
+        return sum(len(part.source) for part in self.parts.values())
+
+    def describe(self) -> str:
+        """What the stream of samples is made of, as far as it is known without reading it."""
+        lines = []
+        for part in self.parts.values():
+            name = f"{part.name}: " if part.name else ""
+            if part.indexed:
+                lines.append(f"{name}{len(part.source)} samples from {part.source.reference(0)}")
+            else:
+                shards = part.source.shards()
+                lines.append(f"{name}{len(shards)} shards from {shards[0]}")
+        return ", ".join(lines)
 
     @property
     def unit(self) -> str:
         """What rates count: tokens, images, or rows."""
         return str(self.pack.unit or getattr(self.process, "unit", "rows"))
 
-    def units(self, batch: Mapping[str, Tensor]) -> int:
-        """How many of them a batch holds."""
-        return self.pack.units(batch)
+    def units(self, batch: Mapping[str, Tensor], source: str | None = None) -> int:
+        """How many of them a batch holds (of one source)."""
+        return self.pack.units(batch, source)
 
     def keys(self) -> dict[str, KeySpec]:
         """The keys of a batch, without touching a file; ``spec.shape(B=rows)`` is the shape of any of them."""
-        specs = self.pack.keys(self.process.keys())
+        samples = {name: part.process.keys() for name, part in self.parts.items()}
+        first_name, first = next(iter(samples.items()))
+        for name, sample in samples.items():
+            if {k: (v.dtype, v.dims) for k, v in sample.items()} != {k: (v.dtype, v.dims) for k, v in first.items()}:
+                raise UserError(f"process: '{name}' makes {sorted(sample)}, '{first_name}' {sorted(first)}: make them the same.")
+        specs = self.pack.keys(first, self.names)
         return specs | {"row": KeySpec(torch.int64, ("B",), None, "running number of the row in the run")}
 
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Item:
-        """Sample ``index``, read and processed.
+        """Sample ``index`` (of an indexed dataset; those of its sources one after the other), read and processed.
 
         Raises:
-            UserError: it cannot be; the message begins with the sample's reference.
+            BadSample: it cannot be.
         """
-        reference = self.source.reference(index)
-        try:
-            return Item(reference, self.process(self.source.read(index), Visit(reference, epoch, seed)))
-        except UserError as error:
-            raise UserError(f"{reference}: {error}") from error
-        except Exception as error:
-            raise UserError(f"{reference}: {type(error).__name__}: {error}") from error
+        for part in self.parts.values():
+            if index < len(part.source):
+                read = functools.partial(part.source.read, index)
+                return part.work(part.source.reference(index), read, epoch=epoch, seed=seed)
+            index -= len(part.source)
+        raise IndexError(index)
+
+    def items(self, seed: int = 0) -> Iterator[Item]:
+        """Every sample once, in file order."""
+        for part in self.parts.values():
+            if part.indexed:
+                for index in range(len(part.source)):
+                    yield part.work(part.source.reference(index), functools.partial(part.source.read, index), seed=seed)
+            else:
+                for shard in range(len(part.source.shards())):
+                    for reference, raw in part.source.open(shard, 0):
+                        yield part.work(reference, functools.partial(_same, raw), seed=seed)
+
+    def rows(self, items: Iterator[Item]) -> Iterator[list[Piece]]:
+        """The rows that the packer makes of ``items``, to the last."""
+        held: dict[Ref, Item] = {}
+        numbers = itertools.count()
+
+        def draw() -> tuple[Ref, Item] | None:
+            for item in items:
+                why = self.pack.too_large(item)
+                if why is None:
+                    ref = (item.source, next(numbers))
+                    held[ref] = item
+                    return ref, item
+                if self.pack.too_long != "drop":
+                    raise BadSample(item.reference, why)
+            return None
+
+        state = self.pack.start()
+        while True:
+            pieces, state = self.pack.next(state, draw, held.__getitem__)
+            if not pieces:
+                return
+            yield pieces
+            needed = set(self.pack.held(state))
+            for ref in [ref for ref in held if ref not in needed]:
+                del held[ref]
 
     def collate(self, rows: Sequence[Sequence[Piece]], first_row: int) -> dict[str, Tensor]:
         """The batch of these rows, the first of which has the running number ``first_row``."""
-        return self.pack.collate(rows) | {"row": torch.arange(first_row, first_row + len(rows), dtype=torch.int64)}
+        row = torch.arange(first_row, first_row + len(rows), dtype=torch.int64)
+        return self.pack.collate(rows, self.names) | {"row": row}
 
     def check(self) -> dict[str, Tensor]:
-        """Read one real sample, compare the batch it makes with ``keys()``, and return that batch (one row).
+        """Read real samples, compare the batch that they make with ``keys()``, and return that batch (one row).
 
         Raises:
             DataMissing: the data is not on this machine. UserError: it is not what ``keys()`` declares.
         """
-        len(self)
-        self.process.check()
-        pieces, _ = self.pack.next(self.pack.start(), lambda sample: self.item(sample) if sample < len(self) else None)
+        for part in self.parts.values():
+            part.process.check()
+            if part.indexed:
+                len(part.source)
+            next(Dataset(part.source, part.process, self.pack).items())
+        pieces = next(self.rows(self.items()))
         batch = self.collate([pieces], 0)
         declared = self.keys()
         if set(batch) != set(declared):
@@ -135,3 +292,7 @@ class Dataset:
             if found != said:
                 raise UserError(f"{pieces[0]}: '{name}' is {found}, but {said} is declared.")
         return batch
+
+
+def _same(value: Any) -> Any:
+    return value

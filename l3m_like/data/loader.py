@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from l3m_like.core.errors import UserError
-from l3m_like.data.dataset import Dataset, Item
-from l3m_like.data.lanes import Lane, Order, check_lanes, check_state, default_lanes, finite_rows
+from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.data.dataset import BadSample, Dataset, Item, Part
+from l3m_like.data.lanes import Lane, check_lanes, check_state, count_rows, default_lanes
 from l3m_like.data.packing import Piece
+
+REMAINDERS = ("drop", "pad", "wrap")
 
 
 @dataclass(frozen=True)
@@ -25,19 +28,21 @@ class Step:
 
     Args:
         number: of the step, from 0.
-        micro: the micro-batches, CPU tensors; ``row`` is number * global_batch + index in the global batch.
+        micro: the micro-batches, CPU tensors; ``row`` is the running number of the row in the run.
         refs: per row of this process, the samples in it: "FILE#12[256:400] + FILE#7".
         state: ``{lane: state}`` of this process's lanes *after* this step (JSON-able). Merge those of all processes to resume.
+        left_out: samples that were bad or too long, met since the step before: ``{"sample", "error", "dropped"}``.
     """
 
     number: int
     micro: list[dict[str, Tensor]]
     refs: list[str]
     state: dict[str, dict[str, Any]]
+    left_out: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Loader:
-    """Endless (or ``epochs``) training data of one data-parallel process.
+    """The training data of one data-parallel process, step by step; endless, or finite.
 
     The samples of step n depend on the dataset, ``seed``, ``global_batch`` and ``lanes`` alone: not on the number of
     processes, micro-batches or workers, nor on a stop and resume in between.
@@ -50,10 +55,14 @@ class Loader:
         lanes: L; divides global_batch, a multiple of dp_size. None: the largest divisor of global_batch up to 256.
         workers: threads that read and process samples; 0: done where the step is made.
         prefetch: steps made ahead, by a thread; 0: made when asked for.
-        state: merged ``Step.state`` of all lanes: continue after that step.
-        epochs: end after so many; None: never. All processes end at the same step: the last at which every lane still has full
-            rows; the remainder is dropped. With packs this needs the length of every document, so all are processed once at
-            the start.
+        pin: put batches into pinned memory, from which an accelerator copies them asynchronously.
+        state: merged ``Step.state`` of all lanes: continue after that step (``global_batch`` may differ).
+        step: the number of the next step.
+        epochs: end after so many passes (no mixture and no stream: those say in `mix.epochs` what they have); None: endless.
+            All processes end at the same step. With packs all samples are processed once at the start, for their sizes.
+        remainder: of finite data, rows that do not make up a step: ``drop`` them; ``pad`` the step with empty rows (packs of
+            text); ``wrap``: fill it from the next epoch.
+        most_bad: bad samples that may be left out (``Step.left_out``); 0: the first one is an error.
 
     Raises:
         UserError: numbers that do not divide, a state that does not fit. From ``next_step``: a sample that cannot be read.
@@ -71,13 +80,16 @@ class Loader:
         lanes: int | None = None,
         workers: int = 0,
         prefetch: int = 2,
+        pin: bool = False,
         state: Mapping[str, Mapping[str, Any]] | None = None,
+        step: int = 0,
         epochs: int | None = None,
+        remainder: str = "drop",
+        most_bad: int = 0,
     ) -> None:
         lanes = default_lanes(global_batch) if lanes is None else lanes
         check_lanes(global_batch, micro_batch, dp_size, lanes)
-        if epochs is not None and epochs < 1:
-            raise UserError(f"epochs is {epochs}; it is at least 1.")
+        check_remainder(dataset, epochs, remainder)
         self.dataset = dataset
         self.seed = seed
         self.global_batch = global_batch
@@ -85,29 +97,34 @@ class Loader:
         self.lanes = lanes
         self._rows_per_lane = global_batch // lanes
         self._first_index = dp_rank * (global_batch // dp_size)
-        self._order = Order(len(dataset), seed)  # len reads the index, before any thread runs
-        self._stream = f"seed {seed}, {len(dataset)} samples from {dataset.source.reference(0)}, {lanes} lanes"
+        self._pin = pin
+        self._pad = remainder == "pad"
+        self._stream = f"seed {seed}, {dataset.describe()}, {lanes} lanes"  # reads the indices, before any thread runs
         if state is not None:
             check_state(state, lanes, self._stream)
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="data-worker") if workers else None
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="data-prefetch") if prefetch else None
         self._prefetch = prefetch
         per_rank = lanes // dp_size
-        ahead = math.ceil(2 * workers / per_rank)  # enough that even a single lane keeps all workers busy
         self._lanes = [
-            Lane(number, lanes, dataset.pack, self._fetch, ahead=ahead, state=None if state is None else state[str(number)])
+            Lane(
+                number,
+                lanes,
+                dataset,
+                seed,
+                self._start,
+                ahead=math.ceil(2 * workers / per_rank),  # enough that even a single lane keeps all workers busy
+                epochs=None if remainder == "wrap" else epochs,
+                most_bad=most_bad,
+                state=None if state is None else state[str(number)],
+            )
             for number in range(dp_rank * per_rank, (dp_rank + 1) * per_rank)
         ]
-        rows = self._lanes[0].rows
-        if rows % self._rows_per_lane:
-            raise UserError(
-                f"the saved data state is {rows} rows into each of {lanes} lanes, which is no whole step of batch.global "
-                f"{global_batch}. Resume with the batch.global of the saved run."
-            )
         #: the number of the next step
-        self.number = rows // self._rows_per_lane
-        #: the number of steps in ``epochs`` epochs, None when endless
-        self.total_steps = None if epochs is None else self._count_steps(epochs)
+        self.number = step
+        self._rows = self._lanes[0].rows
+        #: the number of the last step of ``epochs`` epochs + 1, None where it is not known
+        self.total_steps = None if epochs is None else step + self._count_rows(epochs, remainder)
         self._made: deque[Future[Step | None]] = deque()
         self._error: Exception | None = None
 
@@ -131,7 +148,8 @@ class Loader:
         except Exception as error:
             self._error = error  # the lanes stand in the middle of a step: nothing after this is the stream
             raise
-        self.number += 1
+        if step is not None:
+            self.number += 1
         return step
 
     def close(self) -> None:
@@ -142,33 +160,73 @@ class Loader:
                 pool.shutdown(cancel_futures=True)
 
     def _make(self, number: int) -> Step | None:
-        """Step ``number``; called once for each, in order, by one thread."""
+        """Step ``number``; called once for each, in order, by one thread. None: some lane has no more rows."""
         if self.total_steps is not None and number >= self.total_steps:
             return None
+        first = self._rows * self.lanes + self._first_index
         rows = [lane.next_row() for lane in self._lanes for _ in range(self._rows_per_lane)]
-        first = number * self.global_batch + self._first_index
+        if self._pad:
+            for lane in self._lanes:
+                lane.rows = self._rows + self._rows_per_lane  # empty rows count
+        elif any(row is None for row in rows):
+            return None
+        self._rows += self._rows_per_lane
+        filled = [row or [] for row in rows]
+        micro = [
+            self.dataset.collate(filled[start : start + self.micro_batch], first + start)
+            for start in range(0, len(filled), self.micro_batch)
+        ]
+        if self._pin:
+            micro = [{key: value.pin_memory() for key, value in batch.items()} for batch in micro]
+        left_out = [entry for lane in self._lanes for entry in lane.left_out]
+        for lane in self._lanes:
+            lane.left_out = []
         return Step(
             number=number,
-            micro=[
-                self.dataset.collate(rows[start : start + self.micro_batch], first + start)
-                for start in range(0, len(rows), self.micro_batch)
-            ],
-            refs=[" + ".join(map(str, row)) for row in rows],
+            micro=micro,
+            refs=[" + ".join(map(str, row)) for row in filled],
             state={str(lane.number): lane.state() | {"stream": self._stream} for lane in self._lanes},
+            left_out=left_out,
         )
 
-    def _fetch(self, g: int) -> Callable[[], Item]:
-        """Start the work on sample number ``g``: a function of (sample, epoch, seed), so any thread may do it."""
-        epoch, index = self._order(g)
-        work = functools.partial(self.dataset.item, index, epoch=epoch, seed=self.seed)
+    def _start(self, work: Callable[[], Item]) -> Callable[[], Item]:
+        """Start the work on a sample: a function of (sample, epoch, seed), so any thread may do it."""
         return functools.cache(work) if self._workers is None else self._workers.submit(work).result
 
-    def _count_steps(self, epochs: int) -> int:
-        lengths = None
+    def _count_rows(self, epochs: int, remainder: str) -> int:
+        """Steps that are left of ``epochs`` epochs."""
+        sizes = None
         if not self.dataset.pack.one_row_per_sample:
             run = map if self._workers is None else self._workers.map
-            lengths = np.array(list(run(lambda index: self.dataset.item(index, seed=self.seed).size, range(len(self.dataset)))))
-        return finite_rows(self._order, self.lanes, epochs, self.dataset.pack, lengths) // self._rows_per_lane
+            sizes = {
+                name: np.array(list(run(functools.partial(self._size, part), range(len(part.source)))))
+                for name, part in self.dataset.parts.items()
+            }
+        counts = count_rows(self.dataset, self.lanes, self.seed, epochs, sizes)
+        rows = (min(counts) if remainder == "drop" else max(counts)) - self._rows
+        return rows // self._rows_per_lane if remainder == "drop" else -(-rows // self._rows_per_lane)
+
+    def _size(self, part: Part, index: int) -> int:
+        try:
+            return part.work(part.source.reference(index), functools.partial(part.source.read, index), seed=self.seed).size
+        except BadSample:
+            return -1  # met again, and reported, when its turn comes
+
+
+def check_remainder(dataset: Dataset, epochs: int | None, remainder: str) -> None:
+    """Raise a UserError unless this dataset can end after ``epochs`` with this policy for what is left."""
+    if remainder not in REMAINDERS:
+        raise UserError(f"data.remainder is '{remainder}'. {did_you_mean(remainder, REMAINDERS)}")
+    if epochs is None:
+        return
+    if epochs < 1:
+        raise UserError(f"epochs is {epochs}; it is at least 1.")
+    if dataset.mix is not None:
+        raise UserError("epochs: a mixture has no passes of its own. Give `steps`, and mix.epochs for sources that end.")
+    if not dataset.indexed:
+        raise UserError(f"epochs: {dataset.source.path} is a stream, whose length is not known. Give `steps`.")
+    if remainder == "pad" and not dataset.pack.may_be_empty:
+        raise UserError(f"data.remainder: {type(dataset.pack).__name__} cannot make an empty row. Use drop or wrap.")
 
 
 class EvalLoader:
@@ -211,26 +269,16 @@ class EvalLoader:
 
     def _batches(self) -> Iterator[Callable[[], list[list[Piece]]]]:
         """All batches of the pass; what makes the rows of one is called only by the process that needs them."""
-        pack, samples = self.dataset.pack, len(self.dataset)
-        if pack.one_row_per_sample:
-            for start in range(0, samples, self.batch):
-                yield functools.partial(self._rows_of, range(start, min(start + self.batch, samples)))
+        dataset = self.dataset
+        if dataset.pack.one_row_per_sample and dataset.indexed:
+            for start in range(0, len(dataset), self.batch):
+                yield functools.partial(self._rows_of, range(start, min(start + self.batch, len(dataset))))
             return
         # where a row of packed text begins is known only after the rows before it: every process packs all of them
-        item = functools.lru_cache(maxsize=2)(self._item)
-        state, rows = pack.start(), []
-        while True:
-            pieces, state = pack.next(state, item)
-            if pieces:
-                rows.append(pieces)
-            if rows and (len(rows) == self.batch or not pieces):
-                yield functools.partial(list, rows)
-                rows = []
-            if not pieces:
-                return
+        rows = dataset.rows(dataset.items(self.seed))
+        while batch := list(itertools.islice(rows, self.batch)):
+            yield functools.partial(list, batch)
 
     def _rows_of(self, samples: range) -> list[list[Piece]]:
-        return [self.dataset.pack.next({"sample": sample}, self._item)[0] for sample in samples]
-
-    def _item(self, sample: int) -> Item | None:
-        return self.dataset.item(sample, seed=self.seed) if sample < len(self.dataset) else None
+        items = (self.dataset.item(sample, seed=self.seed) for sample in samples)
+        return [[Piece(item, 0, item.size)] for item in items]

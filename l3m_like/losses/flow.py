@@ -12,17 +12,20 @@ from l3m_like.losses.loss import Loss
 class FlowMatching(Loss):
     """Mean squared error of the predicted velocity, over rows, channels and pixels of the whole step.
 
-    Reads   velocity_pred, velocity [B, C, H, W]
-    Counts  elements of the loader's image [B, C, H, W]
+    Reads   velocity_pred, velocity [B, C, H, W]; optional only [B] bool: the rows that count
+    Counts  elements of the loader's image [B, C, H, W] (in these rows)
     """
 
-    def compute(self, velocity_pred: Tensor, velocity: Tensor) -> Tensor:
+    def compute(self, velocity_pred: Tensor, velocity: Tensor, only: Tensor | None = None) -> Tensor:
         if velocity_pred.shape != velocity.shape:  # broadcasting would give a number, the wrong one
             raise UserError(
                 f"FlowMatching: the prediction has shape {tuple(velocity_pred.shape)}, the target {tuple(velocity.shape)}."
             )
         dtype = torch.promote_types(torch.promote_types(velocity_pred.dtype, velocity.dtype), torch.float32)
-        return (velocity_pred.to(dtype) - velocity.to(dtype)).square().sum()
+        squares = (velocity_pred.to(dtype) - velocity.to(dtype)).square()
+        return squares.sum() if only is None else torch.where(only, squares.flatten(1).sum(1), 0).sum()
 
-    def count(self, image: Tensor) -> Tensor:
-        return torch.tensor(image.numel(), dtype=torch.int64)
+    def count(self, image: Tensor, only: Tensor | None = None) -> Tensor:
+        if only is None:
+            return torch.tensor(image.numel(), dtype=torch.int64)
+        return only.sum() * image[0].numel()

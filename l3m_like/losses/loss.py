@@ -6,6 +6,7 @@ so that splitting a batch differently changes nothing: loss = sum over terms of 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping
@@ -60,9 +61,25 @@ class Loss(ReadWriteBlock):
         named = self._reads | self._only_count
         return {port: named.get(port) or self.key(port) for port in self._count_ports}
 
+    @property
+    def count_required(self) -> set[str]:
+        """The ports of ``count`` without a default, and those that ``reads`` names."""
+        named = self._reads | self._only_count
+        parameters = {} if self.count_late else inspect.signature(self.count).parameters
+        return {port for port in self._count_ports if port in named or parameters[port].default is inspect.Parameter.empty}
+
     def count_of(self, data: Data) -> Tensor:
         """``count`` on the keys of ``data``, a micro-batch from the loader."""
-        return self.count(**{port: data[key] for port, key in self.count_reads.items()})
+        return self.count(**{port: data[key] for port, key in self.count_reads.items() if key in data})
+
+    def over(self, key: str) -> Loss | None:
+        """This term where the mask ``key`` is true, as a metric; None for a loss without a (free) port ``only``."""
+        if "only" not in self.ports or "only" in self._reads or self.count_late:
+            return None
+        metric = copy.copy(self)
+        metric._reads = self._reads | {"only": key}
+        metric.weight = None
+        return metric
 
     def term(self, data: Data, total: float | None, mesh: Any = None) -> tuple[Tensor, Tensor | float]:
         """``(sum over this rank's rows, denominator)``: ``total`` if it was known before, else the late count.

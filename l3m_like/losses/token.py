@@ -12,13 +12,17 @@ from l3m_like.losses.loss import Loss
 class TokenNLL(Loss):
     """Mean negative log-likelihood of the targets, over all targets of the whole step.
 
-    Reads   nll [B, S] float; targets [B, S] int64, -100 = no target
-    Counts  targets that are not -100
+    Reads   nll [B, S] float; targets [B, S] int64, -100 = no target; optional only [B, S] bool: where it counts
+    Counts  targets that are not -100 (and where it counts)
     """
 
-    def compute(self, nll: Tensor, targets: Tensor) -> Tensor:
+    def compute(self, nll: Tensor, targets: Tensor, only: Tensor | None = None) -> Tensor:
         nll = nll.to(torch.promote_types(nll.dtype, torch.float32))
-        return torch.where(targets == IGNORE, 0, nll).sum()
+        return torch.where(_counted(targets, only), nll, 0).sum()
 
-    def count(self, targets: Tensor) -> Tensor:
-        return (targets != IGNORE).sum()
+    def count(self, targets: Tensor, only: Tensor | None = None) -> Tensor:
+        return _counted(targets, only).sum()
+
+
+def _counted(targets: Tensor, only: Tensor | None) -> Tensor:
+    return targets != IGNORE if only is None else (targets != IGNORE) & only

@@ -47,15 +47,21 @@ class Upcoming:
     names: list[str]
     data_wait: float
 
-    def agreed(self, mesh: Mesh) -> tuple[Step | None, dict[str, float], bool, float]:
-        """Wait for the word: ``(batch or None on every rank, {term: global count}, stop, seconds waited for data)``."""
+    def over(self, mesh: Mesh) -> bool:
+        """Wait for the word: whether some rank has no batch, so that none takes this step."""
+        if self.work is not None:
+            self.work.wait()
+        return int(self.word[0]) < mesh.dp_size
+
+    def agreed(self, mesh: Mesh) -> tuple[Step, dict[str, float], bool, float]:
+        """Wait for the word: ``(batch, {term: global count}, stop, seconds waited for data)``; not if it is ``over``."""
         began = time.perf_counter()
         if self.work is not None:
             self.work.wait()
-        holders, stop, *counts = self.word.tolist()
-        batch = self.batch if holders == mesh.dp_size else None
+        _, stop, *counts = self.word.tolist()
+        assert self.batch is not None
         totals = {name: max(count, 1.0) for name, count in zip(self.names, counts, strict=True)}
-        return batch, totals, stop > 0, self.data_wait + time.perf_counter() - began
+        return self.batch, totals, stop > 0, self.data_wait + time.perf_counter() - began
 
 
 def fetch(loader: Loader, updates: Sequence[Update], signals: Signals, mesh: Mesh) -> Upcoming:

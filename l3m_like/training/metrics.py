@@ -31,6 +31,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: str | Path, *, is_main: bool, resume_step: int) -> None:
         self._file: TextIO | None = None
+        self._ledger = Path(run_dir) / LEDGER
         if not is_main:
             return
         run_dir = Path(run_dir)
@@ -43,6 +44,12 @@ class MetricsLog:
         if self._file is not None:
             self._file.write("".join(json.dumps(row) + "\n" for row in rows))
             self._file.flush()
+
+    def left_out(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Note the samples that were left out up to ``step`` in the ledger."""
+        if self._file is not None and samples:
+            with self._ledger.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps({"step": step, **sample}) + "\n" for sample in samples))
 
     def sync(self) -> None:
         if self._file is not None:

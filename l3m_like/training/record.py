@@ -27,12 +27,12 @@ class StepRecord:
     batch: Step
     lr: dict[str, float]
     data_wait: float
-    units: int
+    units: dict[str | None, int]  # on this rank; None: of all sources
     flops: float | None  # of the model, on this rank
 
 
 def flush(
-    records: Sequence[StepRecord], updates: Sequence[Update], mesh: Mesh, began: float, *, unit: str, refs: bool
+    records: Sequence[StepRecord], updates: Sequence[Update], mesh: Mesh, began: float, *, unit: str, refs: bool, ledger: bool
 ) -> list[dict[str, Any]]:
     """The logged rows of ``records`` (see ``Reporter.steps``): one sum over the ranks and one copy from the device for all.
 
@@ -43,9 +43,10 @@ def flush(
     counts = torch.cat([torch.stack([v[1] for v in r.sums.values()]) for r in records]).cpu().tolist()
     norms = torch.stack([n.detach().double() for r in records for pair in r.norms.values() for n in pair]).cpu().tolist()
     seconds = (time.perf_counter() - began) / len(records)  # after the copy, so that the device has done the work
-    host = mesh.sum(torch.tensor([[record.units, record.flops or 0.0] for record in records], dtype=torch.float64)).tolist()
+    host = mesh.sum(torch.tensor([[r.flops or 0.0, *r.units.values()] for r in records], dtype=torch.float64)).tolist()
     memory = torch.cuda.max_memory_allocated() if mesh.device.type == "cuda" else None
     names = gather_objects([record.batch.refs for record in records]) if refs else []
+    left_out = gather_objects([record.batch.left_out for record in records]) if ledger else []
     several = len(updates) > 1
     rows = []
     for index, record in enumerate(records):
@@ -59,13 +60,16 @@ def flush(
             row[f"grad_norm{suffix}"], skipped = norms.pop(0), norms.pop(0)
             row["skipped"] = row.get("skipped", 0) or int(skipped)
         row |= {f"lr/{update}" if several else "lr": lr for update, lr in record.lr.items()}
-        row |= {"seconds": seconds, "data_wait": record.data_wait, "counts": {unit: int(host[index][0])}}
+        row |= {"seconds": seconds, "data_wait": record.data_wait, "counts": {unit: int(host[index][1])}}
+        row |= {f"{unit}/{name}": int(n) for name, n in zip(record.units, host[index][1:], strict=True) if name is not None}
         if record.flops is not None:
-            row["flops"] = host[index][1]
+            row["flops"] = host[index][0]
         if memory is not None:
             row["memory"] = memory
         if refs:
             row["refs"] = [ref for rank, lists in enumerate(names) if rank_speaks(mesh, rank) for ref in lists[index]]
+        if ledger:
+            row["left_out"] = [e for rank, lists in enumerate(left_out) if rank_speaks(mesh, rank) for e in lists[index]]
         rows.append(row)
     return rows
 
@@ -91,3 +95,19 @@ def watch_bad_steps(rows: Sequence[dict[str, Any]], run: int, limit: int) -> int
                 "skipped. Lower optim.lr, lengthen schedule.warmup or set optim.clip; guard.max_bad_steps is the limit."
             )
     return run
+
+
+def watch_bad_samples(rows: Sequence[dict[str, Any]], found: int, limit: int) -> int:
+    """Count bad samples over the run (``found``: so far); those that a packer dropped for their length are none.
+
+    Raises:
+        UserError: more than ``limit`` of them, on all ranks.
+    """
+    bad = [entry for row in rows for entry in row.get("left_out", ()) if not entry["dropped"]]
+    if found + len(bad) > limit:
+        last = bad[-1]
+        raise UserError(
+            f"{found + len(bad)} samples could not be used, and data.max_bad_samples is {limit}. The last: {last['sample']}: "
+            f"{last['error']} All are in ledger.jsonl."
+        )
+    return found + len(bad)

@@ -64,12 +64,15 @@ class Reporter:
         Each row has ``step`` (steps taken, this one included) and ``seconds`` (its wall-clock time, waiting for data included;
         an average over the rows is fine). Known, and left out where not known: ``loss``, ``lr``, ``grad_norm``, ``data_wait``
         (seconds), ``memory`` (bytes), ``counts`` ({"tokens": 8192, "rows": 16} over all ranks; the first is the console's
-        unit), ``flops`` (of the model, over all ranks), ``refs`` (sample references). Any other JSON value is written as it is.
+        unit), ``flops`` (of the model, over all ranks), ``refs`` (sample references), ``left_out``
+        (for the ledger). Any other JSON value is written as it is.
         """
         if not self.is_main or not rows:
             return
         lines = [self._line(row) for row in rows]
         self.metrics.write(lines)
+        for row in rows:
+            self.metrics.left_out(row["step"], row.get("left_out", ()))
         if self.console is not None:
             self.console.update(rows[-1], window_rates(rows, self.peak_flops))
         for line in lines if self.trackers else ():
@@ -123,7 +126,7 @@ class Reporter:
 
     def _line(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row as it is written: counts as totals and rates per second of wall clock, FLOPs as MFU."""
-        line = {key: value for key, value in row.items() if key not in ("counts", "flops", "refs")}
+        line = {key: value for key, value in row.items() if key not in ("counts", "flops", "refs", "left_out")}
         seconds = max(row["seconds"], 1e-9)
         for unit, count in row.get("counts", {}).items():
             line[unit] = count

@@ -37,12 +37,20 @@ from l3m_like.training.evaluate import Evaluations, to_device
 from l3m_like.training.flops import StepFlops, peak_flops
 from l3m_like.training.init import init_specs, initialize, materialize, random_weights
 from l3m_like.training.optim import EMA, Guard
-from l3m_like.training.record import StepRecord, flush, watch_bad_steps
+from l3m_like.training.record import StepRecord, flush, watch_bad_samples, watch_bad_steps
 from l3m_like.training.report import Reporter
 from l3m_like.training.schedule import Schedule
 from l3m_like.training.start_from import find_checkpoint, frozen_parts, load_weights, restore_sources
 from l3m_like.training.state import state_tensors
-from l3m_like.training.updates import Update, assign_parameters, plan_updates, refuse_gaps, refuse_split, refuse_state
+from l3m_like.training.updates import (
+    Update,
+    add_source_metrics,
+    assign_parameters,
+    plan_updates,
+    refuse_gaps,
+    refuse_split,
+    refuse_state,
+)
 
 
 @dataclass
@@ -75,6 +83,7 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
     micro_rows = cfg.batch.micro or rows
     refuse_split(updates, rows // micro_rows, cfg.parallel.pp)
     dataset = cfg.instantiate("data.train")
+    add_source_metrics(updates, {name: dataset.pack.source_key(name) for name in dataset.names})
     wiring = check_wiring([update.program for update in updates], dataset.keys(), cfg.keep)
     for number, update in enumerate(updates):
         update.graphs = wiring.graphs[update.name]
@@ -145,12 +154,12 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         update.prepare(mesh, Guard(mesh.device, spike=cfg.guard.spike_factor, window=cfg.guard.window))
     ema = EMA(trainable, cfg.ema.decay) if cfg.ema is not None else None
     tensors = state_tensors(run.model, updates, ema)
-    saved: dict[str, Any] = {"step": 0, "data": None, "bad_steps": 0, "final": {}}
+    saved: dict[str, Any] = {"step": 0, "data": None, "bad_steps": 0, "bad_samples": 0, "final": {}}
     if resumes:
         saved = resume(checkpointer, cfg.checkpoint.resume, tensors)
         restore_sources(run.model, saved["frozen"])
     checkpointer.clean()
-    step, bad_steps = saved["step"], saved["bad_steps"]
+    step, bad_steps, bad_samples = saved["step"], saved["bad_steps"], saved["bad_samples"]
     loader = Loader(
         run.dataset,
         seed=cfg.seed,
@@ -161,8 +170,12 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         lanes=cfg.data.lanes,
         workers=cfg.data.workers,
         prefetch=cfg.data.prefetch,
+        pin=mesh.device.type == "cuda",
         state=saved["data"],
+        step=step,
         epochs=cfg.epochs,
+        remainder=cfg.data.remainder,
+        most_bad=cfg.data.max_bad_samples,
     )
     closing.callback(loader.close)
     steps: int = run.steps or loader.total_steps  # type: ignore[assignment]  # one of them is given
@@ -184,6 +197,9 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     signals = Signals()
     closing.callback(signals.restore)
     upcoming = fetch(loader, updates, signals, mesh) if step < steps else None
+    if upcoming is not None and upcoming.over(mesh):
+        upcoming = None
+    stop = False
     pending: list[StepRecord] = []
     final: dict[str, float] = saved["final"]
     began = time.perf_counter()
@@ -192,8 +208,6 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     closing.callback(gc.enable)
     while upcoming is not None:
         batch, totals, stop, waited = upcoming.agreed(mesh)
-        if batch is None:
-            raise RuntimeError(f"step {step}: some ranks have no batch, though the data has {steps} steps")
         seed_streams(cfg.seed, step, mesh)
         scale = schedule.scale(step)
         sums: dict[str, Tensor] = {}
@@ -214,26 +228,30 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         if ema is not None:
             ema.update(torch.stack([skipped for _, skipped in norms.values()]).amax())
         rates = {update.name: update.settings.lr * scale for update in updates if update.name in norms}
-        units = sum(run.dataset.units(micro) for micro in batch.micro)
+        units = {name: sum(run.dataset.units(micro, name) for micro in batch.micro) for name in (None, *run.dataset.names)}
         pending.append(StepRecord(step, sums, norms, batch, rates, waited, units, flops.of(batch.micro)))
         step += 1
-        ending = stop or step == steps
-        upcoming = None if ending else fetch(loader, updates, signals, mesh)
+        upcoming = None if stop or step == steps else fetch(loader, updates, signals, mesh)
+        if upcoming is not None and upcoming.over(mesh):  # the data ends on all ranks at the same step
+            upcoming = None
+        ending = upcoming is None
 
         # ---- log, evaluate, save: the only lines that wait for the device
         saving = ending or (cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0)
         if saving or step % cfg.log.every == 0 or evaluations.due(step):
-            rows = flush(pending, updates, mesh, began, unit=run.dataset.unit, refs=cfg.log.refs)
+            rows = flush(pending, updates, mesh, began, unit=run.dataset.unit, refs=cfg.log.refs, ledger=cfg.data.keeps_ledger)
             reporter.steps(rows)
             bad_steps = watch_bad_steps(rows, bad_steps, cfg.guard.max_bad_steps)
+            bad_samples = watch_bad_samples(rows, bad_samples, cfg.data.max_bad_samples)
             final |= {"step": step, "loss": rows[-1]["loss"]}
             pending.clear()
-            for name, values in evaluations.run(step, ema, last=step == steps):
+            for name, values in evaluations.run(step, ema, last=ending and not stop):
                 reporter.evaluation(step, name, values)
                 final |= {f"{name}/{key}": value for key, value in values.items()}
             if saving:
                 lanes = {lane: state for states in gather_objects(batch.state) for lane, state in states.items()}
-                state = {"step": step, "data": lanes, "bad_steps": bad_steps, "final": final, "config": cfg.to_dict()}
+                counted = {"bad_steps": bad_steps, "bad_samples": bad_samples}
+                state = {"step": step, "data": lanes, **counted, "final": final, "config": cfg.to_dict()}
                 state["frozen"] = {path: part.loaded_from for path, part in frozen_parts(run.model).items()}
                 checkpointer.save(step, tensors, state)
             began = time.perf_counter()
@@ -243,7 +261,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     # ---- the end -------------------------------------------------------------------------------------------------
     checkpointer.wait()
     reporter.close(final)
-    if step < steps:
+    if stop and step < steps:
         raise Stopped(f"stopped by a signal after step {step} of {steps}; saved. The same command goes on from there.")
     return final
 

@@ -221,6 +221,13 @@ def assign_parameters(updates: Sequence[Update], trainable: Mapping[str, nn.Para
             raise UserError(f"'{name}' is in no update. Add it to an update's `params`, or freeze it with l3m_like.core.Frozen.")
 
 
+def add_source_metrics(updates: Sequence[Update], keys: Mapping[str, str]) -> None:
+    """Add, as metrics, the terms of each source of a mixture (``{source: its mask's key}``): ``<term>/<source>``."""
+    for update in updates:
+        found = {f"{name}/{source}": loss.over(key) for name, loss in update.losses.items() for source, key in keys.items()}
+        update.losses = {**update.losses, **{name: metric for name, metric in found.items() if metric is not None}}
+
+
 def refuse_state(losses: Mapping[str, Loss]) -> None:
     """Losses own no weights: they would be neither sharded, trained nor saved."""
     for name, loss in losses.items():
