@@ -87,3 +87,12 @@ def load_media(name: str, folder: str | None = None) -> bytes:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"there is no media file {path.absolute()}. Put it there, or correct data_folder.") from error
+
+
+def undecoded(value: Any) -> Any:
+    """What an arrow table holds for an image, audio or video, ``{bytes, path}``: its bytes; also in lists. Others stay."""
+    if isinstance(value, list):
+        return [undecoded(each) for each in value]
+    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+        return value["bytes"] if value["bytes"] is not None or value["path"] is None else load_media(value["path"])
+    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,6 +55,18 @@ class Source(Protocol):
 
     def reference(self, index: int) -> str:
         """A name for people that is the same on every machine, e.g. ``shakespeare.jsonl#123``."""
+
+
+class Stream(Protocol):
+    """Shards of samples that are read from front to back, without an index."""
+
+    path: str
+
+    def shards(self) -> list[str]:
+        """Names of the shards, the same and in the same order on every machine. Reads the listing alone."""
+
+    def open(self, shard: int, skip: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """(reference, raw sample) of shard number ``shard``, from sample number ``skip`` on; any thread may call it."""
 
 
 class Processor(Protocol):

@@ -6,8 +6,13 @@ import base64
 import gzip
 import io
 import json
+import os
 import struct
+import tarfile
+import threading
 import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +32,18 @@ from l3m_like.data import (
     HFDataset,
     ImageFolder,
     JsonLines,
+    JsonLinesStream,
     Megatron,
     MegatronWriter,
+    ParquetStream,
     Stack,
     TokenIds,
     Tokenize,
     Visit,
+    WebDataset,
+    WebDatasetStream,
 )
+from l3m_like.data.sources import web_dataset
 
 VISIT = Visit("x#1", 0, 0)
 
@@ -56,6 +66,16 @@ def write(path: Path, content: bytes | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return out.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -534,3 +554,258 @@ def test_token_ids(tmp_path: Path) -> None:
         TokenIds(10)({"text": "a"}, VISIT)
     with pytest.raises(UserError, match="end is 10"):
         TokenIds(10, end=10)
+
+
+# ---- WebDataset --------------------------------------------------------------------------------------------------------
+
+#: five samples of two members, the second 3000 bytes long: 5 x (512 + 512 + 512 + 3072) bytes and the end mark
+MEMBERS = {f"k/{n}.{ext}": content for n in range(5) for ext, content in (("cls", b"%d" % n), ("bin", bytes([n]) * 3000))}
+SAMPLES = [{"cls": b"%d" % n, "bin": bytes([n]) * 3000} for n in range(5)]
+SAMPLE_BYTES = 4608
+
+
+@pytest.mark.parametrize("size", [2 * SAMPLE_BYTES, 2 * SAMPLE_BYTES + 100, 2 * SAMPLE_BYTES + 700, 3 * SAMPLE_BYTES - 512])
+def test_tar_that_is_cut_off(tmp_path: Path, size: int) -> None:
+    """At the border of two samples, in a header, in the first and in the second member's content."""
+    path = str(write(tmp_path / "a.tar", tar_of(MEMBERS)[:size]))
+    with pytest.raises(UserError, match="a.tar is not a readable tar: (it is cut off|unexpected end of data)"):
+        len(WebDataset(path))
+    stream, found = WebDatasetStream(path).open(0, 0), []
+    with pytest.raises(UserError, match=r"^a.tar, sample [12]: .*a.tar cannot be read: "):
+        found += [next(stream), next(stream), next(stream)]
+    assert found == []  # the error came within three samples
+
+
+def test_tar_that_is_empty(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.tar", b""))
+    with pytest.raises(UserError, match="a.tar is not a readable tar"):
+        len(WebDataset(path))
+    with pytest.raises(UserError, match="^a.tar, sample 0: "):
+        list(WebDatasetStream(path).open(0, 0))
+    write(tmp_path / "a.tar", tar_of({}))
+    with pytest.raises(UserError, match="holds no sample"):
+        len(WebDataset(path))
+    assert list(WebDatasetStream(path).open(0, 0)) == []
+    write(tmp_path / "a.tar.gz", gzip.compress(tar_of(MEMBERS))[:-20])
+    with pytest.raises(UserError, match="a.tar.gz is not a readable gzip file"):
+        len(WebDataset(path + ".gz"))
+    with pytest.raises(UserError, match="^a.tar.gz, sample [45]: "):
+        list(WebDatasetStream(path + ".gz").open(0, 0))
+
+
+def test_tar_that_shrinks_after_it_was_indexed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", tar_of(MEMBERS))
+    source = WebDataset(str(path))
+    assert samples(source) == SAMPLES
+    write(path, path.read_bytes()[: 2 * SAMPLE_BYTES])
+    with pytest.raises(UserError, match="a.tar has become shorter since it was indexed"):
+        source.read(2)
+
+
+def test_index_is_kept_beside_a_large_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, index = write(tmp_path / "a.tar", tar_of(MEMBERS)), tmp_path / "a.tar.index.json"
+    assert samples(WebDataset(str(path))) == SAMPLES and not index.exists()  # a small tar is read again
+    monkeypatch.setattr(web_dataset, "KEPT_MEMBERS", 9)
+    assert samples(WebDataset(str(path))) == SAMPLES and index.exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar", "a.tar.index.json"]
+
+    scans = []
+    scan = web_dataset._scan
+    monkeypatch.setattr(web_dataset, "_scan", lambda stream, path: scans.append(path) or scan(stream, path))
+    kept = WebDataset(str(path))
+    assert samples(kept) == SAMPLES and references(kept) == [f"a.tar#k/{n}" for n in range(5)] and scans == []
+    with pytest.raises(UserError, match="no sample .* has the split 'j'. Available: k"):
+        len(WebDataset(str(path), {"split": "j"}))
+
+    changed = {name: content[::-1] + b"!" for name, content in MEMBERS.items()}
+    write(path, tar_of(changed))
+    assert WebDataset(str(path)).read(3)["cls"] == b"3!" and len(scans) == 1
+    times = path.stat()
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))  # the same size
+    assert WebDataset(str(path)).read(3)["cls"] == b"3!" and len(scans) == 2
+    assert WebDataset(str(path)).read(3)["cls"] == b"3!" and len(scans) == 2
+    index.write_text("{")
+    assert WebDataset(str(path)).read(3)["cls"] == b"3!" and len(scans) == 3 and json.loads(index.read_text())["samples"]
+
+
+def test_index_in_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.tar", tar_of(MEMBERS))
+    monkeypatch.setattr(web_dataset, "KEPT_MEMBERS", 0)
+
+    def refuse(self: Path, *_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert samples(WebDataset(str(path))) == SAMPLES and [file.name for file in tmp_path.iterdir()] == ["a.tar"]
+
+
+# ---- streams -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_web_dataset_stream(tmp_path: Path, suffix: str) -> None:
+    for name in ("b", "a"):
+        write(tmp_path / f"{name}{suffix}", tar_of(MEMBERS) if suffix == ".tar" else gzip.compress(tar_of(MEMBERS)))
+    stream = WebDatasetStream(f"{tmp_path}/{{b,a}}{suffix}")
+    assert stream.shards() == [f"b{suffix}", f"a{suffix}"]
+    for skip in range(7):
+        assert list(stream.open(1, skip)) == [(f"a{suffix}#k/{n}", SAMPLES[n]) for n in range(skip, 5)]
+    with pytest.raises(DataMissing, match="absent.tar"):
+        WebDatasetStream(f"{tmp_path}/absent.tar").shards()
+
+
+def test_streams_and_sources_agree() -> None:
+    source, stream = WebDataset("shipped:fashion_mnist.tar.gz"), WebDatasetStream("shipped:fashion_mnist.tar.gz")
+    streamed = list(stream.open(0, 9000))
+    assert streamed == [(source.reference(index), source.read(index)) for index in range(9000, len(source))] and streamed
+    text, lines = JsonLines("shipped:shakespeare.jsonl"), JsonLinesStream("shipped:shakespeare.jsonl")
+    assert list(lines.open(0, 100)) == [(text.reference(index), text.read(index)) for index in range(100, len(text))]
+
+
+def test_pipe(tmp_path: Path) -> None:
+    for number in range(2):
+        write(tmp_path / f"t-{number}.tar.gz", gzip.compress(tar_of(MEMBERS)))
+    stream = WebDatasetStream(f"pipe:gunzip < {tmp_path}/t-{{0..1}}.tar.gz | cat")
+    assert stream.shards() == ["t-0.tar.gz", "t-1.tar.gz"]
+    assert list(stream.open(1, 2)) == [(f"t-1.tar.gz#k/{n}", SAMPLES[n]) for n in (2, 3, 4)]
+    early = stream.open(0, 0)
+    assert next(early)[1] == SAMPLES[0]
+    early.close()  # ends the command
+
+
+@pytest.mark.parametrize("end", ["exit 0", "exit 3", "kill -9 $$"])
+@pytest.mark.parametrize("size", [SAMPLE_BYTES * 3 + 100, SAMPLE_BYTES * 3, SAMPLE_BYTES * 3 + 2000])
+def test_pipe_that_dies_once(tmp_path: Path, size: int, end: str) -> None:
+    path = write(tmp_path / "t.tar", tar_of(MEMBERS))
+    once = f"if [ -e {tmp_path}/died ]; then cat {path}; else touch {tmp_path}/died; head -c {size} {path}; {end}; fi"
+    stream = WebDatasetStream(f"pipe:{once}", retries=1, backoff=0.0)
+    assert list(stream.open(0, 1)) == [(f"t.tar#k/{n}", SAMPLES[n]) for n in range(1, 5)]
+    assert (tmp_path / "died").exists()
+
+
+def test_pipe_that_fails_after_the_last_sample(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.tar", tar_of(MEMBERS))
+    stream, found = WebDatasetStream(f"pipe:cat {path}; exit 7", retries=2, backoff=0.0).open(0, 0), []
+    with pytest.raises(UserError, match=r"^t.tar, sample 5: pipe:cat .* 2 retries in a row: the command ended with status 7"):
+        for sample in stream:
+            found.append(sample[1])
+    assert found == SAMPLES
+
+
+@pytest.mark.parametrize(("end", "said"), [("exit 3", "the command ended with status 3"), ("exit 0", "it is cut off or damaged")])
+def test_pipe_that_always_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, said: str) -> None:
+    path = write(tmp_path / "t.tar", tar_of(MEMBERS))
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    command = f"pipe:echo >> {tmp_path}/starts; head -c {SAMPLE_BYTES * 3 + 100} {path}; {end}"
+    stream, found = WebDatasetStream(command, retries=3, backoff=0.5).open(0, 0), []
+    with pytest.raises(UserError, match=rf"^t.tar, sample 2: pipe:.*cannot be read, 3 retries in a row: {said}"):
+        for _, sample in stream:
+            found.append(sample)
+    assert found == SAMPLES[:2]  # the third is complete only when the next is seen
+    assert waits == [0.5, 1.0, 2.0] and (tmp_path / "starts").read_text() == "\n" * 4
+
+
+def test_http(tmp_path: Path) -> None:
+    """A server that breaks the first two answers off, each further on, and knows no other file."""
+    content, cuts, asked = tar_of(MEMBERS), [SAMPLE_BYTES * 2 + 10, SAMPLE_BYTES * 4], []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            if "t-0.tar" not in self.path:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: cuts.pop(0)] if cuts else content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=partial(server.serve_forever, poll_interval=0.01), daemon=True).start()
+    stream = WebDatasetStream(f"http://127.0.0.1:{server.server_port}/t-{{0..1}}.tar?key=1", retries=1, backoff=0.0)
+    assert stream.shards() == ["t-0.tar", "t-1.tar"]
+    assert list(stream.open(0, 0)) == [(f"t-0.tar#k/{n}", SAMPLES[n]) for n in range(5)]  # one retry in a row, twice
+    assert asked == ["/t-0.tar?key=1"] * 3
+    with pytest.raises(DataMissing, match="t-1.tar.*404"):
+        next(stream.open(1, 0))
+    assert len(asked) == 4
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match="^t-0.tar, sample 0: .*1 retries in a row"):
+        next(stream.open(0, 0))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_json_lines_stream(tmp_path: Path, suffix: str) -> None:
+    content = b"\n".join(b'{"n": %d}\n' % n for n in range(300))  # a blank line between two records
+    if suffix.endswith(".zst"):
+        content = pytest.importorskip("pyarrow").compress(content, codec="zstd", asbytes=True)
+    path = write(tmp_path / f"a{suffix}", gzip.compress(content) if suffix.endswith(".gz") else content)
+    stream = JsonLinesStream(str(path))
+    assert stream.shards() == [f"a{suffix}"]
+    for skip in (0, 1, 299, 300, 400):
+        assert list(stream.open(0, skip)) == [(f"a{suffix}#{2 * n + 1}", {"n": n}) for n in range(skip, 300)]
+    if suffix != ".jsonl":
+        write(path, path.read_bytes()[:-9])
+        with pytest.raises(UserError, match=r"a.jsonl.* after line \d+: .*Copy it again"):
+            list(stream.open(0, 0))
+
+
+def test_json_lines_stream_errors(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.jsonl", '{"n": 1}\n{"n": \n5\n'))
+    assert next(JsonLinesStream(path).open(0, 0)) == ("a.jsonl#1", {"n": 1})
+    with pytest.raises(UserError, match="a.jsonl, line 2: not JSON"):
+        next(JsonLinesStream(path).open(0, 1))
+    with pytest.raises(UserError, match="a.jsonl, line 3: the record is int"):
+        next(JsonLinesStream(path).open(0, 2))
+    assert list(JsonLinesStream(str(write(tmp_path / "b.jsonl", ""))).open(0, 0)) == []
+
+
+def test_parquet_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": b"%d" % n, "path": None} for n in range(1000)]
+    table = pyarrow.table({"text": [f"t{n}" for n in range(1000)], "score": list(range(1000)), "image": images})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=300)
+    stream = ParquetStream(f"{tmp_path}/a.parquet", {"text": "text", "cls": "score"})
+    assert stream.shards() == ["a.parquet"]
+    for skip in (0, 1, 299, 300, 301, 899, 999, 1000, 2000):
+        expected = [(f"a.parquet#{n}", {"text": f"t{n}", "cls": b"%d" % n}) for n in range(skip, 1000)]
+        assert list(stream.open(0, skip)) == expected
+    whole = ParquetStream(f"{tmp_path}/a.parquet")
+    assert next(whole.open(0, 700)) == ("a.parquet#700", {"text": "t700", "score": 700, "image": b"700"})
+    with pytest.raises(UserError, match="no column 'txt' .for 'text'.. Did you mean 'text'"):
+        next(ParquetStream(f"{tmp_path}/a.parquet", {"text": "txt"}).open(0, 0))
+
+    groups: list[list[int]] = []
+    iter_batches = parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        parquet.ParquetFile,
+        "iter_batches",
+        lambda self, *args, **kwargs: groups.append(kwargs["row_groups"]) or iter_batches(self, *args, **kwargs),
+    )
+    next(stream.open(0, 650))
+    assert groups == [[2, 3]]
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [os.urandom(500).hex() for _ in range(1000)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=250, use_dictionary=False)
+    content = (tmp_path / "a.parquet").read_bytes()
+    for damaged in (b"", content[:100_000], b"no parquet" * 99):
+        path = str(write(tmp_path / "b.parquet", damaged))
+        with pytest.raises(UserError, match="^b.parquet, row 0: .*b.parquet is not readable parquet"):
+            next(ParquetStream(path).open(0, 0))
+    half = len(content) // 2
+    path = str(write(tmp_path / "b.parquet", content[:half] + b"\xff" * 100_000 + content[half + 100_000 :]))
+    found: list[str] = []
+    with pytest.raises(UserError, match=r"^b.parquet, row (25\d|[34]\d\d|500): "):
+        for _, sample in ParquetStream(path).open(0, 0):
+            found.append(sample["text"])
+    assert found == texts[: len(found)] and len(found) >= 250

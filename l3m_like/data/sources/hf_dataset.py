@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.data.columns import Columns, load_media
+from l3m_like.data.columns import Columns, undecoded
 from l3m_like.data.paths import DataMissing, resolve
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class HFDataset:
     def read(self, index: int) -> dict[str, Any]:
         """Row ``index`` as ``{column: value}``, or what ``columns`` makes of it."""
         (row,) = self._table[int(self._rows[index])].to_pylist()
-        return self.columns({name: _undecoded(value) for name, value in row.items()})
+        return self.columns({name: undecoded(value) for name, value in row.items()})
 
     def reference(self, index: int) -> str:
         """``NAME#ROW`` or ``NAME/SPLIT#ROW``, rows of the dataset (all of them) counted from 0."""
@@ -149,12 +149,3 @@ class HFDataset:
 def _is_local(path: str) -> bool:
     """Whether it is a place on this machine and not a name on the hub (``NAME`` or ``OWNER/NAME``)."""
     return path.endswith(FILES) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or Path(path).is_dir()
-
-
-def _undecoded(value: Any) -> Any:
-    """The bytes of an image, of audio or of video, and of lists of them; any other value as it is."""
-    if isinstance(value, list):
-        return [_undecoded(each) for each in value]
-    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
-        return value["bytes"] if value["bytes"] is not None or value["path"] is None else load_media(value["path"])
-    return value
