@@ -39,7 +39,7 @@ class Columns:
             resolve_folder(self.folder)
         for name, column in (self.names or {}).items():
             if columns is not None and column not in columns:
-                raise UserError(f"columns: there is no column '{column}' (for '{name}'). {did_you_mean(column, columns)}")
+                raise _no_column(name, column, columns)
 
     def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """The sample of a record.
@@ -51,9 +51,10 @@ class Columns:
             raise UserError(f"the record is {type(record).__name__}, not an object with fields.")
         if self.names is None:
             return dict(record)
-        self.check(record)
         sample = {}
         for name, column in self.names.items():
+            if column not in record:
+                raise _no_column(name, column, record)
             value = record[column]
             if name == "media":
                 if not isinstance(value, str) or not value:
@@ -64,6 +65,10 @@ class Columns:
             else:
                 sample[name] = value
         return sample
+
+
+def _no_column(name: str, column: str, columns: Iterable[str]) -> UserError:
+    return UserError(f"columns: there is no column '{column}' (for '{name}'). {did_you_mean(column, columns)}")
 
 
 def load_media(name: str, folder: str | None = None) -> bytes:

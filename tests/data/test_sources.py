@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import struct
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -95,6 +97,43 @@ def test_missing_data(make: Any, tmp_path: Path) -> None:
         len(source)
 
 
+def test_reading_from_many_threads(tmp_path: Path) -> None:
+    """Sources give the same to eight threads as to one."""
+    write(tmp_path / "media/a.png", picture(3))
+    lines = [json.dumps({"n": n, "image": "a.png", "messages": [{"role": "user", "content": f"<image>{n}"}]}) for n in range(200)]
+    write(tmp_path / "a.jsonl", "\n".join(lines))
+    write(tmp_path / "a.json.gz", gzip.compress(f"[{','.join(lines)}]".encode()))
+    write(tmp_path / "a.csv", "n,word\n" + "".join(f'{n},"w\n{n}"\n' for n in range(200)))
+    write(tmp_path / "a.tar", tar_of({f"{n}.cls": b"%d" % n for n in range(200)}))
+    for n in range(200):
+        write(tmp_path / f"images/{n % 7}/{n}.png", b"%d" % n)
+    with MegatronWriter(f"{tmp_path}/a", 1000) as out:
+        for n in range(200):
+            out.add(np.full(n + 1, n))
+    sources: list[Any] = [
+        JsonLines(f"{tmp_path}/a.jsonl"),
+        JsonLines(f"{tmp_path}/a.json.gz"),
+        ChatJson(f"{tmp_path}/a.jsonl", data_folder=f"{tmp_path}/media"),
+        Csv(f"{tmp_path}/a.csv"),
+        WebDataset(f"{tmp_path}/a.tar"),
+        ImageFolder(f"{tmp_path}/images"),
+        Megatron(f"{tmp_path}/a"),
+    ]
+    if importlib.util.find_spec("datasets"):
+        import pyarrow
+
+        table = pyarrow.table({"n": list(range(200))})
+        with pyarrow.ipc.new_stream(f"{tmp_path}/a.arrow", table.schema) as stream:
+            stream.write_table(table)
+        sources.append(HFDataset(f"{tmp_path}/a.arrow", where={"n": 7}))
+        sources.append(HFDataset(f"{tmp_path}/a.arrow"))
+    for source in sources:
+        expected = [repr(sample) for sample in samples(source)]
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda index, source=source: repr(source.read(index)), range(len(source)))) == expected
+        assert len(source) in (1, 200) and len(set(references(source))) == len(set(expected)) == len(source)
+
+
 # ---- ImageFolder -------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +181,7 @@ def test_json_kinds(tmp_path: Path, suffix: str, indent: int | None) -> None:
     if suffix.startswith(".jsonl"):
         text = "\n".join(json.dumps(record, ensure_ascii=indent is None) for record in RECORDS)
     else:
-        text = " \n" + json.dumps(RECORDS, ensure_ascii=indent is None, indent=indent) + "\n"
+        text = "\ufeff \n" + json.dumps(RECORDS, ensure_ascii=indent is None, indent=indent) + "\n"
     content = text.encode()
     write(tmp_path / f"a{suffix}", gzip.compress(content) if suffix.endswith(".gz") else content)
     source = JsonLines(f"{tmp_path}/a{suffix}")
@@ -275,6 +314,8 @@ def test_chat_prompt_and_response(media: Path) -> None:
         chat(media, record, prompt="question", response="anser")
     with pytest.raises(UserError, match="give both fields or neither"):
         ChatJson("x.json", prompt="question")
+    with pytest.raises(DataMissing, match="no folder at .*nowhere"):
+        len(ChatJson(f"{media}/chat.json", data_folder=f"{media}/nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -284,6 +325,7 @@ def test_chat_prompt_and_response(media: Path) -> None:
         ({"messages": "a"}, "'messages' is not a list of turns"),
         ({"messages": [{"content": "a"}]}, r"a turn has \['content'\]; it needs 'role'"),
         ({"messages": [{"role": "user", "content": 5}]}, "content of a turn is int"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "'text' has NoneType for its text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "imgae", "image": "a.png"}]}]},
             "type 'imgae'. Did you mean 'image'",
@@ -654,6 +696,29 @@ def test_web_dataset_stream(tmp_path: Path, suffix: str) -> None:
         WebDatasetStream(f"{tmp_path}/absent.tar").shards()
 
 
+def test_keys_are_those_of_webdataset(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    members = {
+        "a.b/1.seg.PNG": b"1",
+        "a.b/1.cls": b"2",
+        "README": b"no sample",
+        "a.b/2.png": b"3",
+        "a.b/2.seg.png": b"4",
+        ".hidden.cls": b"no sample",
+        "1.cls": b"5",
+    }
+    path = str(write(tmp_path / "a.tar", tar_of(members)))
+    theirs = [
+        ("a.tar#" + sample["__key__"], {name: content for name, content in sample.items() if not name.startswith("__")})
+        for sample in webdataset.WebDataset(path, shardshuffle=False)
+    ]
+    source = WebDataset(path)
+    assert list(zip(references(source), samples(source))) == list(WebDatasetStream(path).open(0, 0)) == theirs
+    assert [name for name, _ in theirs] == ["a.tar#a.b/1", "a.tar#a.b/2", "a.tar#1"]
+    write(tmp_path / "a.tar", tar_of({"./train/1.cls": b"1", "./train/._1.cls": b"no sample"}))  # as `tar -C folder .` names them
+    assert references(WebDataset(path, {"split": "train"})) == ["a.tar#train/1"]
+
+
 def test_streams_and_sources_agree() -> None:
     source, stream = WebDataset("shipped:fashion_mnist.tar.gz"), WebDatasetStream("shipped:fashion_mnist.tar.gz")
     streamed = list(stream.open(0, 9000))
@@ -788,8 +853,9 @@ def test_parquet_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "iter_batches",
         lambda self, *args, **kwargs: groups.append(kwargs["row_groups"]) or iter_batches(self, *args, **kwargs),
     )
-    next(stream.open(0, 650))
-    assert groups == [[2, 3]]
+    for skip in (599, 600, 650):
+        next(stream.open(0, skip))
+    assert groups == [[1, 2, 3], [2, 3], [2, 3]]
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from l3m_like.core.errors import UserError, did_you_mean
@@ -18,10 +19,12 @@ ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
     "assistant": "assistant",
     "function_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function_response": "tool",
 }
 
 
@@ -61,14 +64,12 @@ class ChatJson:
         if (prompt is None) != (response is None):
             raise UserError(f"prompt is {prompt} and response is {response}; give both fields or neither.")
         self.path = path
+        self.where = dict(where or {})
         self.data_folder = data_folder
         self.prompt = prompt
         self.response = response
-        self._records = JsonLines(path, where)
 
     def __len__(self) -> int:
-        if self.data_folder is not None:
-            resolve_folder(self.data_folder)
         return len(self._records)
 
     def read(self, index: int) -> dict[str, Any]:
@@ -86,6 +87,12 @@ class ChatJson:
     def reference(self, index: int) -> str:
         """``FILE#LINE``, see ``JsonLines``."""
         return self._records.reference(index)
+
+    @cached_property
+    def _records(self) -> JsonLines:
+        if self.data_folder is not None:
+            resolve_folder(self.data_folder)
+        return JsonLines(self.path, self.where)
 
     def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """``[{role, content, ..}]``, contents as they are in the record."""
@@ -166,7 +173,9 @@ class _Media:
             yield from self._text(part)
             return
         said = part.get("type") if isinstance(part, dict) else None
-        if said == "text" and isinstance(part.get("text"), str):
+        if said == "text":
+            if not isinstance(part.get("text"), str):
+                raise UserError(f"a part of the type 'text' has {type(part.get('text')).__name__} for its text.")
             yield from self._text(part["text"])
             return
         kind = next((kind for kind in MEDIA if said in (kind, f"{kind}_url", f"input_{kind}")), None)

@@ -46,7 +46,6 @@ class Csv:
         self._spans = Spans(path, self._find)
 
     def __len__(self) -> int:
-        self.columns.check()
         if not len(self._spans):
             raise UserError(f"{self.path} holds no row.")
         return len(self._spans)

@@ -46,7 +46,6 @@ class JsonLines:
         self._spans = Spans(path, self._find)
 
     def __len__(self) -> int:
-        self.columns.check()
         if not len(self._spans):
             seen = "; ".join(f"{field} is one of {sorted(values)[:8]}" for field, values in self._seen.items())
             raise UserError(f"where: {self.where} selects no record of {self.path}. {seen}" if seen else f"{self.path} is empty.")
@@ -61,6 +60,7 @@ class JsonLines:
         return self._spans.reference(index)
 
     def _find(self, stream: BinaryIO, place: str) -> Iterator[Span]:
+        self.columns.check()
         array = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         stream.seek(0)
         for offset, number, text in _elements(stream, place) if array else _lines(stream):
@@ -113,7 +113,7 @@ def _elements(stream: BinaryIO, place: str) -> Iterator[tuple[int, int, bytes]]:
         except ValueError as error:
             raise UserError(f"{place}, record {number}: not JSON ({error}).") from error
         content = text[start:end].encode()
-        offset += len(text[at:start].encode())
+        offset += start - at  # blanks and a comma, of one byte each
         yield offset, number, content
         at, offset, number = end, offset + len(content), number + 1
 

@@ -8,6 +8,7 @@ border[d+1] - 1.
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -155,9 +156,13 @@ def _fractions(split: Mapping[str, str] | None) -> tuple[float, float]:
         weights = []
     if not 1 <= len(weights) <= 3 or min(weights) < 0 or sum(weights) <= 0:
         raise UserError(f'split.fractions is {split["fractions"]!r}; it is up to three numbers, such as "98,1,1".')
-    edges = np.cumsum([0, *weights, *[0] * (3 - len(weights))]) / sum(weights)
+    weights += [0.0] * (len(PARTS) - len(weights))
+    edges = [
+        0.0,
+        *itertools.accumulate(weight / sum(weights) for weight in weights),
+    ]  # summed in Megatron's order, to the last bit
     part = PARTS.index(split["part"])
-    return float(edges[part]), float(edges[part + 1])
+    return edges[part], edges[part + 1]
 
 
 class MegatronWriter:

@@ -124,11 +124,11 @@ class Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"it is cut off or damaged at byte {tar.offset} ({error})") from error
 
 
-def key_and_extension(name: str) -> tuple[str, str]:
-    """Of a member's name; they are parted by the first dot of the file's name, as webdataset does."""
-    folder, _, file = name.rpartition("/")
-    stem, _, extension = file.partition(".")
-    return f"{folder}/{stem}" if folder else stem, extension.lower()
+def key_and_extension(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """Of a member; they are parted by the first dot of the file's name. None: it is no file of a sample, such as ``.hidden``."""
+    folder, slash, file = member.name.removeprefix("./").rpartition("/")
+    stem, dot, extension = file.partition(".")
+    return (folder + slash + stem, extension.lower()) if member.isfile() and stem and dot else None
 
 
 def _scan(stream: BinaryIO, path: Path) -> dict[str, Members]:
@@ -136,8 +136,8 @@ def _scan(stream: BinaryIO, path: Path) -> dict[str, Members]:
     try:
         with tarfile.open(fileobj=stream, mode="r:", tarinfo=Header) as tar:
             for member in tar:
-                if member.isfile():
-                    key, extension = key_and_extension(member.name)
+                if names := key_and_extension(member):
+                    key, extension = names
                     samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a readable tar: {error}.") from error

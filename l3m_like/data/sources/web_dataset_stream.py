@@ -103,9 +103,10 @@ def _samples(tar: tarfile.TarFile, skip: int) -> Iterator[tuple[str, dict[str, b
     sample: dict[str, bytes] = {}
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
-        if not member.isfile():
+        names = key_and_extension(member)
+        if names is None:
             continue
-        name, extension = key_and_extension(member.name)
+        name, extension = names
         if name != key:
             if key is not None and number >= skip:
                 yield key, sample
@@ -124,7 +125,7 @@ def _opened(location: str) -> Iterator[IO[bytes]]:
         with urllib.request.urlopen(location, timeout=TIMEOUT) if location.startswith(REMOTE) else open(location, "rb") as stream:
             yield stream
         return
-    process = subprocess.Popen(location.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE)
+    process = subprocess.Popen(location.removeprefix(PIPE), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
         try:
