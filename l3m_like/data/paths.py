@@ -48,6 +48,18 @@ def resolve(path: str) -> list[Path]:
     return files
 
 
+def resolve_folder(path: str) -> Path:
+    """The folder that ``path`` names. A relative path is relative to the working directory.
+
+    Raises:
+        DataMissing: it is not there.
+    """
+    folder = Path(os.path.expanduser(path))
+    if not folder.is_dir():
+        raise DataMissing(path, f"no folder at {folder.absolute()}. Put the data there, or give its place on this machine.")
+    return folder
+
+
 def expand_braces(pattern: str) -> list[str]:
     """``a{0..2}{x,y}`` -> a0x a0y a1x a1y a2x a2y; leading zeros keep the width. Braces do not nest."""
     parts: list[list[str]] = []

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import io
+import json
 import tarfile
+import uuid
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.data.paths import resolve, short_names
+from l3m_like.data.sources.spans import decompress
+
+Members = dict[str, tuple[int, int]]  # extension -> byte offset, size
+
+#: the index of a tar above one of these is kept beside it
+KEPT_BYTES = 64 * 2**20
+KEPT_MEMBERS = 2000
 
 
 class WebDataset:
@@ -22,10 +30,11 @@ class WebDataset:
             place; a ``.tar.gz`` has no place to seek to and is held in memory, decompressed.
         where: ``{split: NAME}``: only the samples whose key begins with the folder ``NAME/``.
 
-    The tars are indexed by the first ``len()``; ``read`` may then be called from any thread.
+    The tars are indexed by the first ``len()``; ``read`` may then be called from any thread. The index of a large ``.tar`` is
+    kept beside it as ``NAME.tar.index.json``, if the folder can be written to, and used while size and time of the tar agree.
 
     Raises (by ``len``):
-        DataMissing: no such file. UserError: ``where`` selects nothing; a file is not a tar.
+        DataMissing: no such file. UserError: ``where`` selects nothing; a file is not a tar, or cut off.
     """
 
     def __init__(self, path: str, where: Mapping[str, Any] | None = None) -> None:
@@ -49,6 +58,8 @@ class WebDataset:
             for extension, (offset, size) in members.items():
                 stream.seek(offset)
                 sample[extension] = stream.read(size)
+                if len(sample[extension]) < size:
+                    raise UserError(f"{archive} has become shorter since it was indexed. Copy it again.")
         return sample
 
     def reference(self, index: int) -> str:
@@ -67,32 +78,97 @@ class WebDataset:
     @cached_property
     def _archives(self) -> list[Path | bytes]:
         """Where the bytes are: a path to seek in, or the decompressed content."""
-        return [gzip.decompress(path.read_bytes()) if path.suffix in (".gz", ".tgz") else path for path in self._files]
+        return [decompress(path) if path.suffix in (".gz", ".tgz") else path for path in self._files]
 
     @cached_property
-    def _index(self) -> list[tuple[int, str, dict[str, tuple[int, int]]]]:
-        """(file, key, {extension: (offset, size)}) per sample."""
-        samples: dict[tuple[int, str], dict[str, tuple[int, int]]] = {}
-        for file, archive in enumerate(self._archives):
-            stream = io.BytesIO(archive) if isinstance(archive, bytes) else archive.open("rb")
-            try:
-                with stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-                    for member in tar:
-                        if member.isfile():
-                            folder, _, name = member.name.rpartition("/")
-                            stem, _, extension = name.partition(".")  # the first dot, as webdataset does
-                            key = f"{folder}/{stem}" if folder else stem
-                            samples.setdefault((file, key), {})[extension.lower()] = (member.offset_data, member.size)
-            except tarfile.TarError as error:
-                raise UserError(f"{self._files[file]} is not a readable tar: {error}.") from error
+    def _index(self) -> list[tuple[int, str, Members]]:
+        """(file, key, where its members are) per sample."""
+        samples = [
+            (file, key, members)
+            for file, archive in enumerate(self._archives)
+            for key, members in self._samples(self._files[file], archive).items()
+        ]
         if not samples:
             raise UserError(f"{self.path} holds no sample.")
         split = self.where.get("split")
-        chosen = [(file, key, members) for (file, key), members in samples.items() if split is None or _split(key) == split]
+        chosen = [sample for sample in samples if split is None or _split(sample[1]) == split]
         if not chosen:
-            splits = {_split(key) for _, key in samples}
+            splits = {_split(key) for _, key, _ in samples}
             raise UserError(f"where: no sample of {self.path} has the split '{split}'. {did_you_mean(str(split), splits)}")
         return chosen
+
+    def _samples(self, path: Path, archive: Path | bytes) -> dict[str, Members]:
+        """The samples of one tar by key."""
+        if isinstance(archive, bytes):
+            return _scan(io.BytesIO(archive), path)
+        stamp = _stamp(archive)
+        samples = _kept(archive, stamp)
+        if samples is None:
+            with archive.open("rb") as stream:
+                samples = _scan(stream, path)
+            if stamp["size"] > KEPT_BYTES or sum(map(len, samples.values())) > KEPT_MEMBERS:
+                _keep(archive, stamp, samples)
+        return samples
+
+
+class Header(tarfile.TarInfo):
+    """A member's header. A tar that ends without its end mark raises ``tarfile.ReadError``; ``TarInfo`` takes it for complete."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end mark
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"it is cut off or damaged at byte {tar.offset} ({error})") from error
+
+
+def key_and_extension(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """Of a member; they are parted by the first dot of the file's name. None: it is no file of a sample, such as ``.hidden``."""
+    folder, slash, file = member.name.removeprefix("./").rpartition("/")
+    stem, dot, extension = file.partition(".")
+    return (folder + slash + stem, extension.lower()) if member.isfile() and stem and dot else None
+
+
+def _scan(stream: BinaryIO, path: Path) -> dict[str, Members]:
+    samples: dict[str, Members] = {}
+    try:
+        with tarfile.open(fileobj=stream, mode="r:", tarinfo=Header) as tar:
+            for member in tar:
+                if names := key_and_extension(member):
+                    key, extension = names
+                    samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is not a readable tar: {error}.") from error
+    return samples
+
+
+def _stamp(tar: Path) -> dict[str, int]:
+    status = tar.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _kept(tar: Path, stamp: dict[str, int]) -> dict[str, Members] | None:
+    """The index beside a tar; None: there is none for this content of it."""
+    try:
+        kept = json.loads(_place(tar).read_bytes())
+        return kept["samples"] if kept["tar"] == stamp else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(tar: Path, stamp: dict[str, int], samples: dict[str, Members]) -> None:
+    part = tar.with_name(f".{tar.name}.index.{uuid.uuid4().hex}.part")  # several hosts may write at once
+    try:
+        part.write_text(json.dumps({"tar": stamp, "samples": samples}))
+        part.replace(_place(tar))
+    except OSError:  # a folder that cannot be written to
+        part.unlink(missing_ok=True)
+
+
+def _place(tar: Path) -> Path:
+    return tar.with_name(f"{tar.name}.index.json")
 
 
 def _split(key: str) -> str:
