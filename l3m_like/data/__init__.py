@@ -5,10 +5,13 @@ from l3m_like.core.lazy import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "dataset": ["Dataset", "Item", "Visit"],
+        "dataset": ["Dataset", "Draws", "Item", "Visit"],
         "sources.json_lines": ["JsonLines"],
         "sources.web_dataset": ["WebDataset"],
+        "tokenizer": ["TextTokenizer"],
         "processors.tokenize": ["Tokenize"],
+        "processors.chat": ["Chat"],
+        "processors.prompt_response": ["PromptResponse"],
         "processors.class_image": ["ClassImage"],
         "processors.class_latent": ["ClassLatent"],
         "packing": ["ConcatPack", "Stack", "Piece"],
