@@ -9,10 +9,10 @@ import numpy as np
 
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.keys import KeySpec
+from l3m_like.data.processors.chat import Chat
 
 if TYPE_CHECKING:
     from l3m_like.data.dataset import Visit
-    from l3m_like.data.processors.chat import Chat
 
 
 class PromptResponse:
