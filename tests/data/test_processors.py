@@ -16,12 +16,14 @@ from l3m_like.data import (
     Audio,
     CaptionedImage,
     Chat,
+    ChatImages,
     ClassImage,
     ClassVideo,
     ColorJitter,
     Dataset,
     FillInTheMiddle,
     JsonLines,
+    Pixels,
     PromptResponse,
     RandAugment,
     RandomResizedCrop,
@@ -291,7 +293,8 @@ def test_what_chat_refuses(folder: Path) -> None:
         ({"text": "a"}, r"has \['text'\]; it needs 'messages'"),
         ({"messages": [{"role": "user"}]}, "message 0 is .*needs 'role' and 'content'"),
         ({"messages": [{"role": "usr", "content": "a"}]}, "role 'usr'. Did you mean 'user'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"parts of type \['image'\]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"parts of type \['image'\].*`image`"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, r"parts of type \['video'\]"),
         ({"messages": [{"role": "user", "content": 5}]}, "the content 5"),
         ({"messages": [{"role": "assistant", "content": None}]}, "has no text"),
         ({"messages": CONVERSATION, "tools": [{}]}, "no place for them"),
@@ -519,6 +522,30 @@ def test_augmented_shipped_images_make_a_batch() -> None:
     assert all(item.dtype == np.float32 and item.flags.c_contiguous and item.min() >= -1.01 for item in items)
 
 
+@pytest.mark.parametrize(("wrong", "message"), [({}, None), ({"flp": True}, "no argument 'flp'. Did you mean 'flip'")])
+def test_processors_are_written_in_yaml(wrong: dict, message: str | None, cat: Image.Image) -> None:
+    from l3m_like.config.targets import check, instantiate
+
+    node = {
+        "_target_": "l3m_like.data.CaptionedImage",
+        "size": 32,
+        "vocab_size": 257,
+        "max_tokens": 8,
+        "flip": True,
+        "crop": {"_target_": "l3m_like.data.RandomResizedCrop", "scale": [0.5, 1.0]},
+        "augment": [{"_target_": "l3m_like.data.ColorJitter", "hue": 0.1}, {"_target_": "l3m_like.data.RandAugment"}],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    }
+    if message is not None:
+        with pytest.raises(UserError, match=message):
+            check(node | wrong, "process")
+        return
+    process = instantiate(check(node, "process"), "process")
+    assert isinstance(process.crop, RandomResizedCrop) and isinstance(process.augment[1], RandAugment)
+    assert process({"png": encoded(cat), "txt": b"a cat"}, VISIT)["image"].shape == (3, 32, 32)
+
+
 def test_captioned_image(cat: Image.Image, folder: Path) -> None:
     picture = encoded(cat, "JPEG")
     process = CaptionedImage(32, vocab_size=257, max_tokens=8, flip=True, mean=[0.5] * 3, std=[0.2] * 3)
@@ -542,6 +569,40 @@ def test_captioned_image(cat: Image.Image, folder: Path) -> None:
         CaptionedImage(32, vocab_size=257, max_tokens=1)
     keys = Dataset(WebDataset("x.tar"), process, Stack()).keys()
     assert keys["text_ids"].shape(B=2) == (2, 8) and keys["text_mask"].dtype == torch.bool
+
+
+def test_a_conversation_with_images(cat: Image.Image, folder: Path) -> None:
+    image = "<|im_start|><fim_middle><|im_end|>"  # stand for the model's vision tokens
+    talk = chat(folder, image=image)
+    process = ChatImages(talk, Pixels(16), "<fim_middle>", tokens_per_image=5)
+    process.check()
+    parts = [{"type": "image", "image": "b.png"}, {"type": "text", "text": "Which?"}, {"type": "image", "image": "a.jpg"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Both."}]
+    members = {"a.jpg": encoded(cat, "JPEG"), "b.png": encoded(Image.new("RGB", (16, 16), (255, 0, 0)))}
+    made = process({"json": json.dumps({"messages": messages}).encode(), **members}, VISIT)
+    assert made["images"].shape == (2, 3, 16, 16) and made["images"][0, :, 0, 0].tolist() == [1, -1, -1]
+    text = talk({"messages": [{**messages[0], "content": f"{image}Which?{image}"}, messages[1]]}, VISIT)
+    pad = talk.tokenizer.id_of("<fim_middle>")
+    assert (made["ids"] == pad).sum() == 10 and len(made["ids"]) == len(text["ids"]) + 8
+    assert made["ids"][made["ids"] != pad].tolist() == text["ids"][text["ids"] != pad].tolist()
+    at = np.flatnonzero(made["ids"] == pad)
+    assert np.diff(at).tolist().count(1) == 8 and not made["trained"][at].any()
+    assert talk.decode(made["ids"][made["trained"]]) == "Both."
+    assert not ChatImages(chat(folder, image=image, train_on="all"), Pixels(16), "<fim_middle>", 5)(
+        {"messages": messages, **members}, VISIT
+    )["trained"][at].any()
+    none = process({"messages": CONVERSATION}, VISIT)
+    assert none["images"].shape == (0, 3, 16, 16) and none["images"].dtype == np.float32
+    with pytest.raises(UserError, match="2 images, but <fim_middle> stands 3 times"):
+        process({"messages": [*messages, {"role": "user", "content": "a <fim_middle> b"}], **members}, VISIT)
+    with pytest.raises(UserError, match=r"the image 'b.png' is not in the sample.*a.jpg"):
+        process({"messages": messages, "a.jpg": b""}, VISIT)
+    with pytest.raises(UserError, match="does not name its picture"):
+        process({"messages": [{"role": "user", "content": [{"type": "image"}]}, messages[1]]}, VISIT)
+    with pytest.raises(UserError, match="holds '<fim_prefix>' 0 times"):
+        ChatImages(talk, Pixels(16), "<fim_prefix>", 5)
+    with pytest.raises(UserError, match="no token '<pad>'"):
+        ChatImages(chat(folder, image="<pad>"), Pixels(16), "<pad>", 5).check()
 
 
 # ---- video and sound ---------------------------------------------------------------------------------------------------

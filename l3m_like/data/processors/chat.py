@@ -25,7 +25,8 @@ class Chat:
     """``{"messages": [{"role", "content"}, ..]}`` -> ``ids`` int64 [T], ``trained`` bool [T]: this token is a target.
 
     The whole conversation is written as one text and tokenized at once, as transformers' ``apply_chat_template`` does. A
-    content is a text, or a list of ``{"type": "text", "text": ..}``. ``tools`` of the sample goes to a Jinja template.
+    content is a text, or a list of ``{"type": "text", "text": ..}`` (and of ``{"type": "image"}``, with ``image``), which are
+    put together. ``tools`` of the sample goes to a Jinja template.
 
     Args:
         tokenizer, vocab_size: see ``TextTokenizer``.
@@ -38,6 +39,7 @@ class Chat:
         end: the token at which the assistant stops, by its text; None: the template's. Bytes and ``"plain"`` have no such
             token: there the end-of-document token is put after the conversation, as is an ``end`` that the template does not
             write.
+        image: what is written for an image, e.g. ``<|vision_start|><|image_pad|><|vision_end|>``; None: images are refused.
 
     Raises:
         UserError: an unknown template or ``train_on``; messages that are none; a conversation without the assistant; a token of
@@ -53,6 +55,7 @@ class Chat:
         train_on: str = "assistant",
         system: str | None = None,
         end: str | None = None,
+        image: str | None = None,
     ) -> None:
         if train_on not in TRAIN_ON:
             raise UserError(f"train_on: '{train_on}'. {did_you_mean(train_on, TRAIN_ON)}")
@@ -65,6 +68,7 @@ class Chat:
         self.template: Template = TEMPLATES[template] if template in TEMPLATES else JinjaTemplate(template)
         self.train_on = train_on
         self.system = system
+        self.image = image
 
     def keys(self) -> dict[str, KeySpec]:
         return {
@@ -148,19 +152,19 @@ class Chat:
         for place, message in enumerate(messages):
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
                 raise UserError(f"message {place} is {message!r:.80}; it needs 'role' and 'content'.")
-        plain = [{**message, "content": _text(message["content"], place)} for place, message in enumerate(messages)]
+        plain = [{**message, "content": self._text(message["content"], place)} for place, message in enumerate(messages)]
         if self.system is not None and plain[0]["role"] != "system":
             plain.insert(0, {"role": "system", "content": self.system})
         return plain
 
-
-def _text(content: Any, place: int) -> str | None:
-    """The text of a content; None of a message that only calls tools."""
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not all(isinstance(part, Mapping) and "type" in part for part in content):
-        raise UserError(f"message {place} has the content {content!r:.80}; it is a text, or a list of {{type, ..}}.")
-    media = sorted({part["type"] for part in content} - {"text"})
-    if media:
-        raise UserError(f"message {place} has parts of type {media}; Chat takes text alone.")
-    return "".join(part["text"] for part in content)
+    def _text(self, content: Any, place: int) -> str | None:
+        """The text of a content; None of a message that only calls tools."""
+        if content is None or isinstance(content, str):
+            return content
+        if not isinstance(content, list) or not all(isinstance(part, Mapping) and "type" in part for part in content):
+            raise UserError(f"message {place} has the content {content!r:.80}; it is a text, or a list of {{type, ..}}.")
+        media = sorted({part["type"] for part in content} - ({"text"} if self.image is None else {"text", "image"}))
+        if media:
+            hint = " Name what is written for an image in `image`." if media == ["image"] else ""
+            raise UserError(f"message {place} has parts of type {media}; Chat takes text.{hint}")
+        return "".join(part["text"] if part["type"] == "text" else str(self.image) for part in content)

@@ -69,10 +69,14 @@ class Pixels:
         self._divisor = (255 * np.array(std)).astype(np.float32).reshape(channels, 1, 1)
         self._offset = (np.array(mean) / np.array(std)).astype(np.float32).reshape(channels, 1, 1)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.size, self.size
+
     def image_keys(self) -> dict[str, KeySpec]:
         low, high = -self._offset.max(), (255 / self._divisor - self._offset).max()
         meaning = f"pixels in [{low:.3g}, {high:.3g}]"
-        return {"image": KeySpec(torch.float32, (self.channels, self.size, self.size), meaning=meaning)}
+        return {"image": KeySpec(torch.float32, self.shape, meaning=meaning)}
 
     def check(self) -> None:
         """Nothing to read ahead."""
