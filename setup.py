@@ -46,7 +46,7 @@ setup(
     extras_require={
         "cuda": ["triton"],
         "vision": ["timm", "torchvision"],
-        "data": ["webdataset", "datasets", "transformers"],
+        "data": ["webdataset", "datasets", "transformers", "av"],
         "track": ["wandb", "tensorboard"],
         "flash": ["flash-attn", "liger-kernel", "flash-linear-attention"],
         "dev": [
@@ -60,6 +60,7 @@ setup(
             "diffusers",
             "timm",
             "torchvision",
+            "av",
             "tensorboard",
             "wandb",
         ],

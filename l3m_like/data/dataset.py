@@ -47,6 +47,42 @@ class Visit:
         return ((high << 21 | low >> 11) + 0.5) * 2.0**-53
 
 
+    def draws(self, purpose: str) -> Draws:
+        """A stream of draws, for a purpose that needs more than one."""
+        high, low = key_of(self.seed, f"{purpose}/{self.reference}/{self.epoch}")
+        return Draws(high << 32 | low)
+
+
+class Draws:
+    """Numbers drawn one after the other: a function of the 64-bit ``key`` and of how many were drawn before.
+
+    Made from the raw words of Philox4x64-10, which numpy keeps as they are for ever; what its generators make of them it may
+    change.
+    """
+
+    def __init__(self, key: int) -> None:
+        self._words = np.random.Philox(key=key)
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """A uniform in (low, high)."""
+        return low + (high - low) * ((self._word() >> 11) + 0.5) * 2.0**-53
+
+    def integer(self, stop: int) -> int:
+        """One of 0 .. stop - 1, all with the same chance (to within stop / 2**64)."""
+        return self._word() * stop >> 64
+
+    def permutation(self, size: int) -> list[int]:
+        """0 .. size - 1 in any order, all with the same chance (Fisher and Yates)."""
+        order = list(range(size))
+        for last in range(size - 1, 0, -1):
+            other = self.integer(last + 1)
+            order[last], order[other] = order[other], order[last]
+        return order
+
+    def _word(self) -> int:
+        return int(self._words.random_raw())
+
+
 class Source(Protocol):
     """An index of samples. ``len`` reads the index; after it, ``read`` and ``reference`` may be called from any thread."""
 

@@ -1,0 +1,109 @@
+"""Text to token ids and back: bytes, or a Hugging Face ``tokenizer.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from l3m_like.core.errors import UserError
+from l3m_like.data.paths import resolve
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BYTES = 256
+#: what the end-of-document token is called in published tokenizers
+END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+
+
+class TextTokenizer:
+    """What text processors share. The constructor reads no file.
+
+    Args:
+        path: ``"bytes"`` (UTF-8 bytes 0..255, and 256 = end of document) or the path of a Hugging Face ``tokenizer.json`` (read
+            at first use).
+        vocab_size: the model's. With bytes exactly 257; with a file at least its number of tokens (published models have more
+            rows than tokens, for alignment).
+        end: the end-of-document token of a ``tokenizer.json``, by its text; None: the first of ``END_NAMES`` that it has.
+
+    Raises:
+        UserError: ``vocab_size`` disagrees with the tokenizer; unknown end token.
+    """
+
+    def __init__(self, path: str, vocab_size: int, end: str | None = None) -> None:
+        self.path = path
+        self.vocab_size = vocab_size
+        self.end = end
+        if self.is_bytes:
+            if vocab_size != BYTES + 1:
+                raise UserError(
+                    f"vocab_size is {vocab_size}, but tokenizer 'bytes' has {BYTES + 1} tokens (256 bytes and the end of a "
+                    f"document). Set vocab_size: {BYTES + 1}."
+                )
+            if end is not None:
+                raise UserError(f"end: '{end}' has no meaning with tokenizer 'bytes' (its end is {BYTES}). Remove it.")
+
+    @property
+    def is_bytes(self) -> bool:
+        return self.path == "bytes"
+
+    @cached_property
+    def end_id(self) -> int:
+        """The id of the end-of-document token."""
+        if self.is_bytes:
+            return BYTES
+        names = END_NAMES if self.end is None else (self.end,)
+        found = [token for token in map(self.id_of, names) if token is not None]
+        if not found:
+            raise UserError(f"end: {self.path} has none of the tokens {list(names)}. Name its end token in `end`.")
+        return found[0]
+
+    def id_of(self, token: str) -> int | None:
+        """The id of the token that is called ``token``, None if there is none (bytes have no names)."""
+        return None if self.is_bytes else self._file.token_to_id(token)
+
+    def encode(self, text: str) -> np.ndarray:
+        """ids int64 [T] of ``text``, without the end token."""
+        if self.is_bytes:
+            return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+        return np.array(self._file.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """``encode(text)``, and int64 [T, 2]: the characters (first, after the last) of ``text`` that each token is made from.
+
+        The tokens of one character that has several of them all span that character.
+        """
+        if self.is_bytes:
+            points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+            sizes = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)  # UTF-8 bytes
+            first = np.repeat(np.arange(len(points)), sizes)
+            return self.encode(text), np.stack([first, first + 1], axis=1)
+        encoding = self._file.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.int64), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; the end token gives nothing, broken UTF-8 the replacement character."""
+        if self.is_bytes:
+            return bytes(token for token in ids if token < BYTES).decode("utf-8", errors="replace")
+        return self._file.decode([int(token) for token in ids if token != self.end_id])
+
+    @cached_property
+    def _file(self) -> Tokenizer:
+        from tokenizers import Tokenizer, processors  # heavy, and not needed for bytes
+
+        (path,) = resolve(self.path)
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"tokenizer: {path} is not a tokenizer.json: {error}") from error
+        size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        if size > self.vocab_size:
+            raise UserError(
+                f"vocab_size is {self.vocab_size}, but tokenizer '{self.path}' has {size} tokens. Set vocab_size: {size} or more."
+            )
+        # the file's own would add special tokens, which nothing here asks for, or leave spaces out of the tokens' spans
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # type: ignore[assignment]
+        return tokenizer
