@@ -173,7 +173,7 @@ def test_a_lost_step_is_seen(uninterrupted: dict[int, list[Any]], tmp_path: Path
     state_file = folder / f"step_{first:08d}" / "state.json"
     state = json.loads(state_file.read_text())
     for lane in state["data"].values():
-        lane["offset"] = 0
+        lane["pack"]["offset"] = 0
     text = json.dumps(state)
     marker = folder / f"step_{first:08d}" / "COMMITTED"
     known = json.loads(marker.read_text())
