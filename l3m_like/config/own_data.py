@@ -58,7 +58,8 @@ def expand(overrides: Sequence[str], parsed: Sequence[Any], folders: Sequence[Pa
 
 def split(overrides: Sequence[str], parsed: Sequence[Any]) -> tuple[list[str], list[str]]:
     """``data=NAME``, and the other overrides: Hydra, which knows no such group, gets only those."""
-    own, others = [], []
+    own: list[str] = []
+    others: list[str] = []
     for text, override in zip(overrides, parsed, strict=True):
         (own if override.key_or_group == "data" and isinstance(override.value(), str) else others).append(text)
     return own, others

@@ -59,10 +59,9 @@ class Loss(ReadWriteBlock):
     def count_reads(self) -> dict[str, str]:
         """``{port: key}`` of ``count``, every default filled in; optional ports only where ``reads`` names them."""
         named = self._reads | self._only_count
-        return {port: named.get(port) or self.key(port) for port in self._count_ports if port in named or not self._may_miss(port)}
-
-    def _may_miss(self, port: str) -> bool:
-        return inspect.signature(self.count).parameters[port].default is None
+        parameters = inspect.signature(self.count).parameters
+        asked = [port for port in self._count_ports if port in named or parameters[port].default is not None]
+        return {port: named.get(port) or self.key(port) for port in asked}
 
     def count_of(self, data: Data) -> Tensor:
         """``count`` on the keys of ``data``, a micro-batch from the loader."""
