@@ -456,7 +456,7 @@ class Conversion:
         self._finished: dict[str, Any] | None = None
         path = self.folder / MANIFEST
         if not path.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if self.folder.is_dir() and any(file.name != PARTS for file in self.folder.iterdir()):
                 raise UserError(f"{self.folder} is not empty, and no conversion began there. Give a new folder.")
             return
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -166,6 +167,48 @@ def test_workers_do_not_matter(images: Path, lines: Path, tmp_path: Path) -> Non
         assert files(tmp_path / f"{made.__name__}1") == files(tmp_path / f"{made.__name__}3")
 
 
+def test_libraries_in_several_processes(lines: Path, tmp_path: Path) -> None:
+    """Rows of parquet, tokenized by a tokenizer.json, both opened before the processes are forked."""
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    import tokenizers
+
+    texts = [json.loads(line)["text"] for line in lines.read_text().splitlines()]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "t.parquet")
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    words.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"]))
+    words.save(str(tmp_path / "tokenizer.json"))
+    given = Input.of(f"{tmp_path}/t.parquet")
+    for workers in (1, 3):
+        target = ToMegatron(f"{tmp_path}/tokenizer.json", 400)
+        Conversion(given, target, tmp_path / f"{workers}").run(workers)
+    assert files(tmp_path / "1") == files(tmp_path / "3")
+    made = Megatron(f"{tmp_path}/3/tokens")
+    assert made.read(99)["ids"].tolist() == [*words.encode(texts[99]).ids, 0]
+    words.save(str(tmp_path / "tokenizer.json"), pretty=False)  # another file of the same name
+    with pytest.raises(UserError, match="output.tokenizer_digest"):
+        Conversion(given, ToMegatron(f"{tmp_path}/tokenizer.json", 400), tmp_path / "3")
+
+
+class Deadly(Tokenize):
+    """Its process is killed by the system at one document."""
+
+    def __call__(self, sample: Any, visit: Any) -> dict[str, np.ndarray]:
+        if sample["n"] == 60:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(sample, visit)
+
+
+def test_a_worker_that_is_killed_is_reported(lines: Path, tmp_path: Path) -> None:
+    given, target = Input.of(str(lines)), ToMegatron("bytes", 257)
+    target.process = Deadly(vocab_size=257)
+    with pytest.raises(UserError, match="a process of the conversion was killed .* The same command goes on"):
+        Conversion(given, target, tmp_path / "out").run(2)
+    tokens(given, tmp_path / "out")
+    tokens(given, tmp_path / "whole")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 SLOW = """
 import sys, time
 from l3m_like.data.sources.json_lines import JsonLines
@@ -205,6 +248,60 @@ def test_killed_and_gone_on_with(to: str, workers: int, lines: Path, tmp_path: P
     assert len(done_again.records) == seen  # none of these is made again
     done_again.run(workers)
     assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("to", ["webdataset", "megatron"])
+def test_killed_at_any_rename(to: str, after: bool, lines: Path, tmp_path: Path) -> None:
+    """A process that ends just before or after its n-th rename, for every n: the next ones complete it, byte by byte."""
+    count = 16 if to == "webdataset" else 3  # three parts, or four
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:count]) + "{broken")
+    given = Input.of(str(lines))
+
+    def convert(out: Path) -> None:
+        Conversion(given, _target(to, given), out, max_bad=1).run()
+
+    convert(tmp_path / "whole")
+    whole = files(tmp_path / "whole")
+    assert "ledger.jsonl" in whole
+    for stop in itertools.count(1):
+        out = tmp_path / f"out{stop}"
+        status = _in_child(lambda out=out, stop=stop: (_end_at_rename(stop, after), convert(out)))  # type: ignore[misc]
+        convert(out)
+        assert files(out) == whole, f"rename {stop}"
+        if status == 0:
+            assert stop > 6
+            return
+
+
+def _in_child(work: Any) -> int:
+    """The exit status of a forked process that does ``work``."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9)
+    return status
+
+
+def _end_at_rename(stop: int, after: bool) -> None:
+    """In this process, for good: end it at the ``stop``-th rename of a file."""
+    renames, replace = itertools.count(1), Path.replace
+
+    def replace_or_end(path: Path, target: Path) -> Path:
+        last = next(renames) == stop
+        if last and not after:
+            os._exit(9)
+        made = replace(path, target)
+        if last:
+            os._exit(9)
+        return made
+
+    Path.replace = replace_or_end  # type: ignore[method-assign]
 
 
 def _target(to: str, given: Input) -> Any:
