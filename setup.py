@@ -16,17 +16,20 @@ setup(
     packages=[
         *find_packages(include=["l3m_like", "l3m_like.*"]),
         "l3m_like._configs",
+        "l3m_like._configs.data",
         "l3m_like._configs.experiment",
         "l3m_like._configs.experiment.preset",
     ],
     package_dir={
         "l3m_like._configs": "configs",
+        "l3m_like._configs.data": "configs/data",
         "l3m_like._configs.experiment": "configs/experiment",
         "l3m_like._configs.experiment.preset": "configs/experiment/preset",
     },
     package_data={
         "l3m_like": ["data/shipped/*", "py.typed"],
         "l3m_like._configs": ["*.yaml"],
+        "l3m_like._configs.data": ["*.yaml"],
         "l3m_like._configs.experiment": ["*.yaml"],
         "l3m_like._configs.experiment.preset": ["*.yaml"],
     },

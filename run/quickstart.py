@@ -257,7 +257,7 @@ def judge_text(run: Path) -> tuple[float, float, int]:
         logits, targets = loaded(batch)["text_logits"].flatten(0, 1), batch["text_targets"].flatten()
         total += float(F.cross_entropy(logits.double(), targets, ignore_index=-100, reduction="sum"))
         symbols += int((targets != -100).sum())
-    bigram = Bigram.fit(documents(train), train.process.vocab_size)
+    bigram = Bigram.fit(documents(train), train.process.tokenizer.vocab_size)
     test = documents(heldout)
     if symbols != sum(len(document) - 1 for document in test):
         raise RuntimeError(f"the model predicted {symbols} symbols, which are not those of the documents")

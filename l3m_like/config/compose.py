@@ -20,6 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from l3m_like.config import own_data
 from l3m_like.core.errors import UserError, did_you_mean
 
 COMMAND_LINE = "command line"
@@ -219,6 +220,7 @@ def compose(config: str | Path, overrides: Sequence[str] = ()) -> Composed:
     register()  # so that a file may say `override hydra/launcher: torchrun`
     path = find_config(config)
     folders = search_folders(path)
+    overrides = expand_own_data(path, overrides)
     parsed = parse_overrides(overrides)
     for override in parsed:
         if override.is_hydra_override():
@@ -269,6 +271,23 @@ def compose(config: str | Path, overrides: Sequence[str] = ()) -> Composed:
                 origins,
             )
     return Composed(tree, origins, path.stem, list(dict.fromkeys(imports)), reads)
+
+
+def expand_own_data(path: Path, overrides: Sequence[str]) -> list[str]:
+    """The overrides, with ``data=NAME data.path=...`` written out (see ``own_data``)."""
+    import hydra
+
+    folders = search_folders(path)
+
+    def evaluations() -> list[str]:
+        with (
+            hydra_errors(path, folders),
+            _without_outer_hydra(),
+            hydra.initialize_config_dir(str(path.parent), version_base="1.3", job_name=path.stem),
+        ):
+            return list(hydra.compose(config_name=path.stem, overrides=[search_path_override(folders)]).get("evals") or {})
+
+    return own_data.expand(overrides, parse_overrides(overrides), folders, evaluations)
 
 
 def unresolved(tree: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from l3m_like.config.compose import COMMAND_LINE, for_hydra, hydra_errors, parse_overrides, search_folders, search_path_override
 from l3m_like.config.job import RECORD, Job, quoted, records, write_table
+from l3m_like.config.own_data import split
 from l3m_like.config.ranks import Failures
 from l3m_like.config.run_config import RunConfig
 from l3m_like.config.torchrun_launcher import register
@@ -94,7 +95,7 @@ def drive(config: Path, overrides: Sequence[str], folder: Path, *, lockstep: boo
 
     def task(_: Any) -> float:
         settings = HydraConfig.get()
-        job = Job(str(config), str(folder), int(settings.job.num), list(settings.overrides.task))
+        job = Job(str(config), str(folder), int(settings.job.num), [*own, *settings.overrides.task])
         if lockstep:
             tell((job.config, job.sweep_dir, job.number, job.overrides))
         try:
@@ -106,6 +107,7 @@ def drive(config: Path, overrides: Sequence[str], folder: Path, *, lockstep: boo
 
     register()
     folders = search_folders(config)
+    own, overrides = split(overrides, parse_overrides(overrides))
     quiet = [
         f"hydra/{name}=none" for name in ("job_logging", "hydra_logging") if not any(f"hydra/{name}" in o for o in overrides)
     ]

@@ -146,7 +146,7 @@ def _check_count(path: str, block: ReadWriteBlock, provided: Mapping[str, KeySpe
     if getattr(block, "count_late", False):
         return
     for port, key in getattr(block, "count_reads", {}).items():
-        if key not in provided and port in block.count_required:  # type: ignore[operator]
+        if key not in provided:
             raise UserError(
                 f"{path} ({type(block).__name__}) counts on '{key}' (port '{port}'), which the data does not write. "
                 f"{did_you_mean(key, provided)} A count known only in the forward needs a loss with count_late."

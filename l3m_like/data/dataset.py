@@ -201,6 +201,7 @@ class Dataset:
         self.shuffle = shuffle
         self.block = block
         self.names = tuple(sources) if several else ()
+        self._mixed = (self.names,) if several else ()  # what a packer is told of a mixture
         self.keys()  # refuses a packer that cannot take what the processor makes
 
     @property
@@ -257,7 +258,7 @@ class Dataset:
         for name, sample in samples.items():
             if {k: (v.dtype, v.dims) for k, v in sample.items()} != {k: (v.dtype, v.dims) for k, v in first.items()}:
                 raise UserError(f"process: '{name}' makes {sorted(sample)}, '{first_name}' {sorted(first)}: make them the same.")
-        specs = self.pack.keys(first, self.names)
+        specs = self.pack.keys(first, *self._mixed)
         return specs | {"row": KeySpec(torch.int64, ("B",), None, "running number of the row in the run")}
 
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Item:
@@ -312,7 +313,7 @@ class Dataset:
     def collate(self, rows: Sequence[Sequence[Piece]], first_row: int) -> dict[str, Tensor]:
         """The batch of these rows, the first of which has the running number ``first_row``."""
         row = torch.arange(first_row, first_row + len(rows), dtype=torch.int64)
-        return self.pack.collate(rows, self.names) | {"row": row}
+        return self.pack.collate(rows, *self._mixed) | {"row": row}
 
     def check(self) -> dict[str, Tensor]:
         """Read real samples, compare the batch that they make with ``keys()``, and return that batch (one row).

@@ -191,6 +191,9 @@ class Lane:
         self._given = dict.fromkeys(dataset.parts, 0)  # in the mixture's unit
         #: what was left out since this was last emptied: {"sample", "error", "dropped"}
         self.left_out: list[dict[str, Any]] = []
+        #: samples in a row that are left out before it is clear that none will do: all that the lane sees of an epoch
+        self._most_fruitless = 0
+        self._fruitless = 0
         if state is not None:
             self.rows = int(state["rows"])
             self._pack_state = state["pack"]
@@ -200,6 +203,7 @@ class Lane:
         self._feeds: dict[str, IndexFeed | StreamFeed] = {}
         for name, part in dataset.parts.items():
             limit = epochs if self._mix is None else self._mix.epochs.get(name)
+            self._most_fruitless += len(part.source) // lanes + 1 if part.indexed else 100_000
             common: dict[str, Any] = {"shuffle": dataset.shuffle, "epochs": limit}
             self._feeds[name] = (
                 IndexFeed(part, number, lanes, seed, **common)
@@ -262,6 +266,7 @@ class Lane:
                     raise BadSample(item.reference, f"{why}. Set pack.too_long: drop or split, or a longer row.")
                 self._leave_out(item.reference, why, dropped=True)
                 continue
+            self._fruitless = 0
             self._given[name] += item.size if self._mix is not None and self._mix.by == "tokens" else 1
             return ref, item
         return None
@@ -289,6 +294,9 @@ class Lane:
         return self._started[ref]
 
     def _leave_out(self, reference: str, error: str, *, dropped: bool = False) -> None:
+        self._fruitless += 1
+        if self._fruitless > self._most_fruitless:
+            raise BadSample(reference, f"{error}. None of the {self._fruitless} samples before it could be used either.")
         if not dropped:
             self._bad_in_row += 1
             if self._bad_in_row > self._most_bad:

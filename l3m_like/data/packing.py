@@ -104,7 +104,7 @@ class Stack:
     one_row_per_sample = True
     may_be_empty = False
     too_long = "error"
-    unit = None
+    unit: str | None = None
     units_per_row = 1
 
     def units(self, batch: Mapping[str, Tensor], source: str | None = None) -> int:
@@ -159,7 +159,7 @@ class TokenPack:
     one_row_per_sample = False
     may_be_empty = True
     too_long = "error"
-    unit = "tokens"
+    unit: str | None = "tokens"
 
     def __init__(self, length: int, max_documents: int | None = None, stream: str = "text") -> None:
         if length < 1:

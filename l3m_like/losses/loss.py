@@ -57,20 +57,15 @@ class Loss(ReadWriteBlock):
 
     @property
     def count_reads(self) -> dict[str, str]:
-        """``{port: key}`` of ``count``, every default filled in."""
+        """``{port: key}`` of ``count``, every default filled in; optional ports only where ``reads`` names them."""
         named = self._reads | self._only_count
-        return {port: named.get(port) or self.key(port) for port in self._count_ports}
-
-    @property
-    def count_required(self) -> set[str]:
-        """The ports of ``count`` without a default, and those that ``reads`` names."""
-        named = self._reads | self._only_count
-        parameters = {} if self.count_late else inspect.signature(self.count).parameters
-        return {port for port in self._count_ports if port in named or parameters[port].default is inspect.Parameter.empty}
+        parameters = inspect.signature(self.count).parameters
+        asked = [port for port in self._count_ports if port in named or parameters[port].default is not None]
+        return {port: named.get(port) or self.key(port) for port in asked}
 
     def count_of(self, data: Data) -> Tensor:
         """``count`` on the keys of ``data``, a micro-batch from the loader."""
-        return self.count(**{port: data[key] for port, key in self.count_reads.items() if key in data})
+        return self.count(**{port: data[key] for port, key in self.count_reads.items()})
 
     def over(self, key: str) -> Loss | None:
         """This term where the mask ``key`` is true, as a metric; None for a loss without a (free) port ``only``."""

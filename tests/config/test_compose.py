@@ -178,11 +178,10 @@ def test_what_may_change_in_a_continued_run() -> None:
     names = settings(RunConfig)
     assert all(name.split(".")[0] in names for name in MAY_CHANGE)
     saved = RunConfig.from_file(TOY)
-    same = ["steps=99", "log.every=1", "parallel.tp=2", "batch.micro=2", "data.workers=3", "checkpoint.every=1"]
+    same = ["steps=99", "log.every=1", "parallel.tp=2", "batch.global=8", "batch.micro=2", "data.workers=3", "checkpoint.every=1"]
     assert first_difference(saved, RunConfig.from_file(TOY, same)) is None
     for override, path in {
         "optim.lr=1": "optim.lr",
-        "batch.global=8": "batch.global",
         "data.lanes=2": "data.lanes",
         "seed=1": "seed",
     }.items():

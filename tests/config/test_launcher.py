@@ -74,7 +74,8 @@ def test_the_same_command_continues_the_run(alone: list[RunConfig], capsys: pyte
     assert launch() == 0 and launch("steps=100") == 0 and main(["--config", "runs/toy/config.yaml", "steps=100"]) == 0
     assert {cfg.run.id for cfg in alone} == {first.run.id} and {cfg.run_dir for cfg in alone} == {Path("runs/toy")}
     assert yaml.safe_load(Path("runs/toy/config.yaml").read_text())["steps"] == 100
-    # another configuration is refused, and told what to do
+    # once something is saved, another configuration is refused, and told what to do
+    Path("runs/toy/checkpoints/step_00000001").mkdir(parents=True)
     assert launch("optim.lr=0.5") == 1
     error = capsys.readouterr().err
     assert "optim.lr is 0.001 there and 0.5 here (command line)" in error and "run.name=" in error

@@ -570,6 +570,11 @@ def test_too_long_by_policy(documents: str) -> None:
         assert all(entry["dropped"] for step in steps for entry in step.left_out)
         kept = {part for step in steps for row in step.refs for part in row.split(" + ") if part}
         assert kept == set(sizes) - long
+    longest = max((lines.read(i)["text"] for i in range(len(lines))), key=len)
+    long_ones = JsonLines(documents, where={"text": longest})
+    dataset = Dataset(long_ones, tokens, FitPack(8, too_long="drop"))
+    with pytest.raises(UserError, match="more than a row's 8. None of the"):
+        Loader(dataset, seed=0, global_batch=1, micro_batch=1, prefetch=0).next_step()
     refs = " + ".join(run(Dataset(lines, tokens, OnePerRow(32, too_long="split")), 10)["refs"])
     assert "[0:32]" in refs and "[32:" in refs
 

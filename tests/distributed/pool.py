@@ -108,19 +108,19 @@ def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: floa
         raise
 
 
+def _answer(pipe: Connection, function: Callable[..., Any], *args: Any) -> None:
+    try:
+        pipe.send((True, function(*args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    os._exit(0)
+
+
 def alone(function: Callable[..., Any], *args: Any, timeout: float = 55.0) -> Any:
-    """Run ``function(*args)`` in a forked process without a process group; what it returns."""
-    context = multiprocessing.get_context("fork")
+    """Run ``function(*args)`` in a process of its own, without a process group; what it returns."""
+    context = clean_forks()
     ours, theirs = context.Pipe()
-
-    def work() -> None:
-        try:
-            theirs.send((True, function(*args)))
-        except BaseException:
-            theirs.send((False, traceback.format_exc()))
-        os._exit(0)
-
-    process = context.Process(target=work, daemon=True)
+    process = context.Process(target=_answer, args=(theirs, function, *args), daemon=True)  # type: ignore[attr-defined]
     process.start()
     theirs.close()
     try:

@@ -48,7 +48,7 @@ def test_flow_matching() -> None:
     generator = torch.Generator().manual_seed(0)
     prediction, velocity = torch.randn(2, 4, 1, 3, 3, generator=generator).unbind()
     data = {"image_velocity_pred": prediction.bfloat16(), "image_velocity": velocity, "photo": velocity}
-    assert loss.reads == {"velocity_pred": "image_velocity_pred", "velocity": "image_velocity"}
+    assert loss.reads == {"velocity_pred": "image_velocity_pred", "velocity": "image_velocity", "only": "image_only"}
     assert loss.count_reads == {"image": "photo"}
     count = loss.count_of(data)
     assert count == 36 and count.dtype == torch.int64
@@ -57,6 +57,13 @@ def test_flow_matching() -> None:
     torch.testing.assert_close(value / denominator, F.mse_loss(prediction.bfloat16().float(), velocity))
     with pytest.raises(UserError, match="shape"):
         loss.compute(prediction, velocity[:1])
+    only = torch.tensor([True, False, True, False])
+    metric = loss.over("from_web")
+    assert metric is not None and metric.weight is None and metric.count_reads == {"image": "photo", "only": "from_web"}
+    data["from_web"] = only
+    assert metric.count_of(data) == 18
+    expected = F.mse_loss(prediction.bfloat16().float()[only], velocity[only])
+    torch.testing.assert_close(metric.term(data, 18.0, None)[0] / 18, expected)
 
 
 def test_unmapped_count_ports_follow_the_stream() -> None:
@@ -65,6 +72,14 @@ def test_unmapped_count_ports_follow_the_stream() -> None:
     loss = TokenNLL()
     loss.set_stream("speech")
     assert loss.count_reads == {"targets": "speech_targets"} and loss.reads["nll"] == "speech_nll"
+    metric = loss.over("speech_from_web")
+    assert metric is not None and metric.over("speech_from_code") is None  # one source, or all
+    data = {
+        "speech_nll": torch.tensor([[1.0, 2.0, 4.0]]),
+        "speech_targets": torch.tensor([[5, -100, 6]]),
+        "speech_from_web": torch.tensor([[False, True, True]]),
+    }
+    assert metric.count_of(data) == 1 and metric.term(data, 1.0, None)[0] == 4.0 and loss.term(data, 2.0, None)[0] == 5.0
 
 
 def test_late_count() -> None:

@@ -71,24 +71,41 @@ def test_packed_equals_unpacked(backend: str) -> None:
         without_documents()
 
 
-@pytest.mark.parametrize("kind", ["causal", "full"])
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_isolation_is_bitwise(backend: str, kind: str) -> None:
+def check_isolation(backend: str, kind: str, dtype: torch.dtype, device: str) -> None:
     """Changing documents 0 and 2 leaves outputs and input gradients of document 1 the same to the last bit."""
     model = ours_of("qwen3_tied", backend)
     model.trunk.mask = kind
     perturb(model)
+    model.to(device, dtype)
     docs = documents()
     first = stack([row(docs[:3], 18)])
     changed = stack([row([(docs[0] + 7) % V, docs[1], (docs[2] + 50) % V], 18)])
     results = []
     for data in (first, changed):
+        data = {key: value.to(device) for key, value in data.items()}
         tokens = (model.preprocessor.embed(data["text_ids"]) * 3).detach().requires_grad_()
         hidden = model.trunk.compute(tokens, data["text_positions"], data["text_document_ids"])
         hidden.square().sum().backward()
-        results.append((hidden.detach(), tokens.grad))
+        results.append((hidden.detach().cpu(), tokens.grad.cpu()))  # type: ignore[union-attr]
     inside = first["text_document_ids"] == 1
     for a, b in zip(*results, strict=True):
         assert torch.equal(a[inside], b[inside])
         assert not torch.equal(a[~inside], b[~inside])
         assert a.isfinite().all() and b.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["causal", "full"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_isolation_is_bitwise(backend: str, kind: str, dtype: torch.dtype) -> None:
+    check_isolation(backend, kind, dtype, "cpu")
+
+
+def test_a_leak_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted fault: all documents of a row are one."""
+    from l3m_like.blocks.trunks.transformer import Transformer
+
+    compute = Transformer.compute
+    monkeypatch.setattr(Transformer, "compute", lambda self, tokens, positions, document_ids: compute(self, tokens, positions))
+    with pytest.raises(AssertionError):
+        check_isolation("sdpa", "causal", torch.float64, "cpu")

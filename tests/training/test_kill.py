@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 # imported here, once: the forked processes inherit them
 from l3m_like.config import RunConfig
+from l3m_like.data import MegatronWriter
 from l3m_like.training import checkpoint, report, train, updates
 from tests.distributed.pool import clean_forks
 
@@ -35,7 +37,9 @@ LLM = [
 CONFIG = RunConfig.from_file(ROOT / "configs/experiment/llm.yaml", LLM).to_dict()
 
 
-def _train(folder: Path, rank: int, world_size: int, store: str, kill: tuple[str, int] | None) -> None:
+def _train(
+    folder: Path, rank: int, world_size: int, store: str, kill: tuple[str, int] | None, config: dict[str, Any]
+) -> None:
     """One process of a run, forked; with ``kill = (point, n)`` it dies when it passes the point for the n-th time."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
@@ -58,8 +62,7 @@ def _train(folder: Path, rank: int, world_size: int, store: str, kill: tuple[str
         return step(self, *args)
 
     updates.Update.step = counted  # type: ignore[method-assign]
-    config = RunConfig.from_dict(CONFIG | {"run": {"dir": str(folder), "name": "llm"}})
-    train.train(config)
+    train.train(RunConfig.from_dict(config | {"run": {"dir": str(folder), "name": "llm"}}))
 
 
 def _entry(*args: Any) -> None:
@@ -79,13 +82,14 @@ def launch(
     kill: tuple[str, int] | None = None,
     ranks: tuple[int, ...] = (),
     after: float | None = None,
+    config: dict[str, Any] = CONFIG,
 ) -> bool:
     """Run the command once; True if it came to its end. As a launcher does, the other ranks are killed when one has died."""
     context = clean_forks()
     with tempfile.TemporaryDirectory() as place:
         store = os.path.join(place, "store")
         jobs = [
-            context.Process(target=_entry, args=(folder, rank, world_size, store, kill if rank in ranks else None))
+            context.Process(target=_entry, args=(folder, rank, world_size, store, kill if rank in ranks else None, config))
             for rank in range(world_size)
         ]
         began = time.monotonic()
@@ -164,6 +168,48 @@ def test_killed_and_relaunched_on_another_mesh(
         assert ours[1] == pytest.approx(whole[1], rel=1e-8) and ours[2] == pytest.approx(whole[2], rel=1e-8)
 
 
+def other_data(kind: str, folder: Path) -> dict[str, Any]:
+    """The same run on a mixture of an index and a stream in fitted packs, on token files, or on shuffled shards."""
+    words = [{"text": f"line {n} " * (n % 6 + 1)} for n in range(60)]
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(word) + "\n" for word in words))
+    data = "l3m_like.data."
+    tokens = {"_target_": data + "Tokenize", "vocab_size": 257}
+    stream = {"_target_": data + "JsonLinesStream", "path": str(folder / "{a,b,c}.jsonl")}
+    fit = {"_target_": data + "FitPack", "length": 32, "buffer": 6, "too_long": "split"}
+    if kind == "mixture":
+        index = {"_target_": data + "JsonLines", "path": str(folder / "a.jsonl")}
+        mix = {"_target_": data + "Mix", "weights": {"index": 2, "stream": 1}}
+        parts: dict[str, Any] = {"source": {"index": index, "stream": stream}, "process": tokens, "pack": fit, "mix": mix}
+    elif kind == "stream":
+        parts = {"source": stream, "process": tokens, "pack": {"_target_": data + "ConcatPack", "length": 32}, "block": 5}
+    else:
+        with MegatronWriter(str(folder / "tokens"), vocab_size=257) as writer:
+            for word in words:
+                writer.add(np.frombuffer(word["text"].encode(), dtype=np.uint8))
+        source = {"_target_": data + "Megatron", "path": str(folder / "tokens")}
+        parts = {"source": source, "process": {"_target_": data + "TokenIds", "vocab_size": 257}, "pack": fit}
+    train_on = {"_target_": data + "Dataset", **parts}
+    return CONFIG | {"data": {"workers": 2, "train": train_on}}
+
+
+@pytest.mark.parametrize("kind", ["mixture", "stream", "megatron"])
+def test_any_data_goes_on_where_it_was(kind: str, tmp_path: Path) -> None:
+    """Killed in a step, and continued on the same and on another number of processes."""
+    config = other_data(kind, tmp_path)
+    for name in ("whole", "same", "other"):
+        (tmp_path / name).mkdir()
+    assert launch(tmp_path / "whole", 1, config=config)
+    whole = history(tmp_path / "whole")
+    assert not launch(tmp_path / "same", 1, ("mid_step", 6), (0,), config=config)
+    assert launch(tmp_path / "same", 1, config=config)
+    assert history(tmp_path / "same") == whole
+    assert not launch(tmp_path / "other", 2, ("mid_step", 6), (1,), config=config)
+    assert launch(tmp_path / "other", 1, config=config)
+    for ours, theirs in zip(history(tmp_path / "other"), whole, strict=True):
+        assert (ours[0], ours[3]) == (theirs[0], theirs[3]) and ours[1] == pytest.approx(theirs[1], rel=1e-8)
+
+
 def test_a_lost_step_is_seen(uninterrupted: dict[int, list[Any]], tmp_path: Path) -> None:
     """The planted fault: a resume that forgets the data's state repeats samples, and the comparison finds it."""
     assert not launch(tmp_path, kill=("mid_step", 6), ranks=(0,))
@@ -173,7 +219,7 @@ def test_a_lost_step_is_seen(uninterrupted: dict[int, list[Any]], tmp_path: Path
     state_file = folder / f"step_{first:08d}" / "state.json"
     state = json.loads(state_file.read_text())
     for lane in state["data"].values():
-        lane["offset"] = 0
+        lane["pack"]["offset"] = 0
     text = json.dumps(state)
     marker = folder / f"step_{first:08d}" / "COMMITTED"
     known = json.loads(marker.read_text())

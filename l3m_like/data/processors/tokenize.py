@@ -24,7 +24,7 @@ class Tokenize:
             (read at first use).
         vocab_size: the model's. With bytes exactly 257; with a file at least its number of tokens (published models have
             more rows than tokens, for alignment).
-        field: which field of the record is the text.
+        field: which field of the record is the text (str, or UTF-8 bytes as tars hold).
         end: the end-of-document token of a ``tokenizer.json``, by its text; None: the first of ``tokenizer.END_NAMES`` that it
             has.
 
@@ -46,9 +46,12 @@ class Tokenize:
     def __call__(self, sample: Mapping[str, Any], visit: Visit) -> dict[str, np.ndarray]:
         if self.field not in sample:
             raise UserError(f"the record has no field '{self.field}' (key: field). {did_you_mean(self.field, sample)}")
-        if not isinstance(sample[self.field], str):
-            raise UserError(f"field '{self.field}' is {type(sample[self.field]).__name__}, not text.")
-        return {"ids": np.append(self.tokenizer.encode(sample[self.field]), np.int64(self.end_id))}
+        text = sample[self.field]
+        if isinstance(text, bytes):  # a tar's member
+            text = text.decode("utf-8")
+        if not isinstance(text, str):
+            raise UserError(f"field '{self.field}' is {type(text).__name__}, not text.")
+        return {"ids": np.append(self.tokenizer.encode(text), np.int64(self.end_id))}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without the end token."""
