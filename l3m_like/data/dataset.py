@@ -156,6 +156,14 @@ class Part:
         except Exception as error:
             raise BadSample(reference, f"{type(error).__name__}: {error}") from error
 
+    def at(self, index: int, *, epoch: int = 0, seed: int = 0) -> Item:
+        """Sample ``index`` of an indexed source, read and processed.
+
+        Raises:
+            BadSample: it cannot be.
+        """
+        return self.work(self.source.reference(index), functools.partial(self.source.read, index), epoch=epoch, seed=seed)
+
 
 class Dataset:
     """Sources, what is done to their samples, and how these become rows. The constructor reads no file.
@@ -261,8 +269,7 @@ class Dataset:
         """
         for part in self.parts.values():
             if index < len(part.source):
-                read = functools.partial(part.source.read, index)
-                return part.work(part.source.reference(index), read, epoch=epoch, seed=seed)
+                return part.at(index, epoch=epoch, seed=seed)
             index -= len(part.source)
         raise IndexError(index)
 
@@ -271,7 +278,7 @@ class Dataset:
         for part in self.parts.values():
             if part.indexed:
                 for index in range(len(part.source)):
-                    yield part.work(part.source.reference(index), functools.partial(part.source.read, index), seed=seed)
+                    yield part.at(index, seed=seed)
             else:
                 for shard in range(len(part.source.shards())):
                     for reference, raw in part.source.open(shard, 0):

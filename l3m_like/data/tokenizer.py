@@ -90,6 +90,12 @@ class TextTokenizer:
             return bytes(token for token in ids if token < BYTES).decode("utf-8", errors="replace")
         return self._file.decode([int(token) for token in ids if token != self.end_id])
 
+    def show(self, ids: Sequence[int]) -> str:
+        """As ``decode``, for people: special tokens by their text; the end of a document with bytes is ``<end>``."""
+        if self.is_bytes:
+            return "<end>".join(self.decode(part) for part in _split(ids, BYTES))
+        return self._file.decode([int(token) for token in ids], skip_special_tokens=False)
+
     @cached_property
     def _file(self) -> Tokenizer:
         from tokenizers import Tokenizer, processors  # heavy, and not needed for bytes
@@ -107,3 +113,13 @@ class TextTokenizer:
         # the file's own would add special tokens, which nothing here asks for, or leave spaces out of the tokens' spans
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # type: ignore[assignment]
         return tokenizer
+
+
+def _split(ids: Sequence[int], at: int) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for token in ids:
+        if token == at:
+            parts.append([])
+        else:
+            parts[-1].append(int(token))
+    return parts

@@ -105,6 +105,11 @@ class Pixels:
         pixels = np.asarray(image, dtype=np.float32).reshape(self.size, self.size, self.channels)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1) / self._divisor - self._offset)
 
+    def visible(self, array: np.ndarray) -> np.ndarray:
+        """uint8 [.., size, size, channels] of what ``array`` made, [.., channels, size, size]: for people to look at."""
+        pixels = np.moveaxis((array + self._offset) * self._divisor, -3, -1)
+        return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
 
 def decode(content: bytes, channels: int) -> Image:
     """The picture upright, of mode ``L`` (1 channel) or ``RGB`` (3).

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -206,6 +207,19 @@ class MegatronWriter:
             )
         self._stream.write(tokens.astype(DTYPES[self._code]).tobytes())
         self._sizes.append(tokens.size)
+
+    def append(self, path: Path) -> None:
+        """All documents of a ``.bin`` that another writer with this ``vocab_size`` has made.
+
+        Raises:
+            DataMissing: no such file. UserError: it is damaged, or of another dtype.
+        """
+        pair = _open(path)
+        if pair.dtype != np.dtype(DTYPES[self._code]):
+            raise UserError(f"{path} holds {pair.dtype.name}, but vocab_size {self.vocab_size} is written otherwise.")
+        with path.open("rb") as stream:
+            shutil.copyfileobj(stream, self._stream)
+        self._sizes += pair.sizes.tolist()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         index = self._temporary.with_suffix(".idx.part")
