@@ -339,13 +339,10 @@ class _Sizes:
     """Source and processor of samples of which only the size is known."""
 
     def __init__(self, part: Part, sizes: np.ndarray) -> None:
-        self.path, self.sizes = part.source.path, sizes
+        self.path, self.sizes, self.reference = part.source.path, sizes, part.source.reference
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    def reference(self, index: int) -> str:
-        return ""
 
     def read(self, index: int) -> int:
         return int(self.sizes[index])

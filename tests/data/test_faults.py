@@ -1,4 +1,4 @@
-"""Data that is broken, in training on one and two processes: the run goes on within its budget, or all ranks end with its name."""
+"""Data that is broken, in training on one and two processes: the run goes on within its budget, or all ranks end."""
 
 from __future__ import annotations
 

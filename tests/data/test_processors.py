@@ -143,14 +143,15 @@ def test_chatml_trains_on_what_the_assistant_says(tokenizer: str, folder: Path) 
     shown = process.show(sample)
     for text, flag in shown:
         print(f"{'TRAINED' if flag else '       '} {text!r}")
+    # with bytes an end token follows the conversation, and what leads to it is said too
+    last = ["Bye 👋<|im_end|>\n"] if tokenizer == "bytes" else ["Bye 👋<|im_end|>", "\n"]
     assert [text for text, _ in shown if text] == [
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi, Zoë! 你好<|im_end|>\n<|im_start|>assistant\n",
         " Héllo.\n<|im_end|>",
         "\n<|im_start|>tool\n{}<|im_end|>\n<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n",
-        "Bye 👋<|im_end|>",
-        "\n",
+        *last,
     ]
-    assert [flag for text, flag in shown if text] == [False, True, False, True, False]
+    assert [flag for text, flag in shown if text] == [False, True, False, True, False][: 3 + len(last)]
     made = process(sample, VISIT)
     assert made["ids"].dtype == np.int64 and made["trained"].dtype == bool and made["ids"].shape == made["trained"].shape
     if tokenizer == "file":
@@ -158,9 +159,9 @@ def test_chatml_trains_on_what_the_assistant_says(tokenizer: str, folder: Path) 
         assert (tokens == process.end_id).sum() == 2 and process.tokenizer.id_of("<|im_start|>") not in tokens
         assert process.decode(tokens) == " Héllo.\nBye 👋"
     else:
-        assert made["ids"][-1] == 256 and shown[-1] == ("", False)  # the newline before it is not said
+        assert made["ids"][-1] == 256 and shown[-1] == ("", True)
         assert bytes(made["ids"][:-1].tolist()).decode() == "".join(text for text, _ in shown)
-        assert bytes(made["ids"][made["trained"]].tolist()).decode() == " Héllo.\n<|im_end|>Bye 👋<|im_end|>"
+        assert bytes(made["ids"][made["trained"]].tolist()[:-1]).decode() == " Héllo.\n<|im_end|>Bye 👋<|im_end|>\n"
 
 
 def test_the_templates_of_this_library() -> None:

@@ -129,6 +129,11 @@ class Chat:
     def _tokens(self, sample: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         """ids [T], trained [T], the characters of all tokens but an end token after the conversation [T or T - 1, 2], text."""
         segments = self.template.segments(self._messages(sample), sample.get("tools"), last=self.train_on == "last")
+        if self._ends and segments and any(said for _, said in segments):
+            # what only closes the last turn is said with it, up to the end token
+            *others, (closing, said) = segments
+            if not said and not closing.strip() and others[-1][1]:
+                segments = [*others, (closing, True)]
         text = "".join(part for part, _ in segments)
         ids, spans = self.tokenizer.encode_spans(text)
         flags = np.concatenate([np.full(len(part), said) for part, said in segments])
