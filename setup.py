@@ -60,6 +60,8 @@ setup(
             "ruff",
             "mypy",
             "transformers",
+            "datasets",
+            "webdataset",
             "diffusers",
             "timm",
             "torchvision",

@@ -38,13 +38,19 @@ def expand(overrides: Sequence[str], parsed: Sequence[Any], folders: Sequence[Pa
     files = {file.stem: file for folder in reversed(folders) for file in (folder / "data").glob("*.yaml")}
     if name not in files:
         raise UserError(f"data={name} (command line): there is no data/{name}.yaml. {did_you_mean(name, files)}")
+    for override in parsed:
+        if override.key_or_group in {f"data.{s}" for s in SETTINGS} and override.is_sweep_override():
+            raise UserError(f"{override.input_line} (command line): several values are a sweep: add -m.")
     given = {o.key_or_group.removeprefix("data."): o.value() for o in parsed if o.key_or_group in {f"data.{s}" for s in SETTINGS}}
     if "path" not in given:
         raise UserError(f"data={name} (command line): it needs data.path=..., where the data is.")
-    preset = yaml.safe_load(files[name].read_text(encoding="utf-8"))
+    preset = yaml.safe_load(files[name].read_text(encoding="utf-8")) or {}
     for part in preset:
         if part not in PARTS:
             raise UserError(f"{files[name]}: '{part}' is not one of {', '.join(PARTS)}. {did_you_mean(part, PARTS)}")
+    if "folder" in given and "${data.folder}" not in files[name].read_text(encoding="utf-8"):
+        raise UserError(f"data.folder = {given['folder']} (command line): data={name} reads no media by a path. Remove it.")
+    given = {key: None if value is None else str(value) for key, value in given.items()}
     written = _replace("data.train", preset, given["path"], given.get("folder"))
     for evaluation in evals():
         place = f"evals.{evaluation}"
@@ -78,7 +84,11 @@ def _filled(value: Any, known: Mapping[str, Any]) -> Any:
         return {key: _filled(entry, known) for key, entry in value.items()}
     if isinstance(value, list):
         return [_filled(entry, known) for entry in value]
-    return known[value] if isinstance(value, str) and value in known else value
+    if not isinstance(value, str) or value in known:
+        return known.get(value, value) if isinstance(value, str) else value
+    for name, text in known.items():
+        value = value.replace(name, str(text))
+    return value
 
 
 def _written(value: Any) -> str:
@@ -89,4 +99,4 @@ def _written(value: Any) -> str:
         return "[" + ",".join(_written(entry) for entry in value) + "]"
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    return {"None": "null", "True": "true", "False": "false"}.get(repr(value), str(value))

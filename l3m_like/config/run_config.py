@@ -55,7 +55,7 @@ class RunConfig:
     seed: int = setting(0, "Of every random draw.", at_least=0)
     steps: int | None = setting(None, "Run length in optimizer steps (one of steps, epochs, tokens).", at_least=1)
     epochs: int | None = setting(None, "Run length in passes over data.train.", at_least=1)
-    tokens: int | None = setting(None, "Run length in tokens.", at_least=1)
+    tokens: int | None = setting(None, "Run length in tokens: places in rows, padding included.", at_least=1)
     batch: Batch = setting(doc="Rows per step.")
     data: Data = setting(doc="What is read.")
     model: dict[str, Any] = setting(doc="A MetaModel, or a named dict of them that run in series.")

@@ -145,12 +145,11 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, ReadWriteBloc
 class _Nested(ReadWriteBlock):
     """A MetaModel (or block) seen from outside as one block: its ports are the keys that cross its border."""
 
-    def __init__(self, model: Any, *, training_only: bool = False, writes: Iterable[str] | None = None) -> None:
+    def __init__(self, model: Any, *, training_only: bool = False) -> None:
         self._inputs: dict[str, bool] = {}
         self._outputs: tuple[str, ...] = ()
         super().__init__(training_only=training_only)
         self.model = model if isinstance(model, MetaModel) else MetaModel(model)
-        self._only = tuple(writes) if writes is not None else None
         self._refresh()
 
     def _refresh(self) -> None:
@@ -161,13 +160,7 @@ class _Nested(ReadWriteBlock):
                 if key not in written:
                     inputs[key] = inputs.get(key, True) and port not in block.required
             written |= dict.fromkeys(block.writes.values())
-        if self._only is not None:
-            for key in self._only:
-                if key not in written:
-                    raise UserError(
-                        f"{type(self).__name__} writes '{key}', which no block inside writes. {did_you_mean(key, written)}"
-                    )
-        self._inputs, self._outputs = inputs, self._only if self._only is not None else tuple(written)
+        self._inputs, self._outputs = inputs, tuple(written)
         self.ports = dict(inputs)
 
     def set_stream(self, stream: str | None) -> None:
@@ -192,8 +185,7 @@ class _Nested(ReadWriteBlock):
     def writes_in(self, inference: bool) -> dict[str, str]:
         if not inference:
             return self.writes
-        written = {key for step in self.model.inference().steps for key in step.block.writes_in(True).values()}
-        return {key: key for key in (self._only if self._only is not None else written) if key in written}
+        return {key: key for step in self.model.inference().steps for key in step.block.writes_in(True).values()}
 
     def bind(self, mesh: Any) -> None:
         for _, block in self.model.blocks():

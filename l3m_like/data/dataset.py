@@ -106,7 +106,13 @@ class Stream(Protocol):
         """The shards' names, in an order that is the same on every machine. Reads no more than the listing."""
 
     def open(self, shard: int, skip: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """``(reference, raw sample)`` of one shard from sample number ``skip`` on."""
+        """``(reference, raw sample)`` of one shard from sample number ``skip`` on; any thread may call it.
+
+        Instead of the raw sample, a function that gives it: then workers call it, and what it raises concerns this sample alone.
+
+        Raises:
+            UserError: the rest of the shard cannot be read.
+        """
 
 
 class BadSample(UserError):
@@ -140,6 +146,11 @@ class Part:
     @property
     def indexed(self) -> bool:
         return not hasattr(self.source, "shards")
+
+    @property
+    def sizes_vary(self) -> bool:
+        """Whether a sample has another size in each epoch (a processor that adds or removes by draw says so)."""
+        return bool(getattr(self.process, "sizes_vary", False))
 
     def work(self, reference: str, read: Callable[[], Mapping[str, Any]], *, epoch: int = 0, seed: int = 0) -> Item:
         """A sample, read and processed; any thread may do it.
@@ -239,8 +250,8 @@ class Dataset:
                 lines.append(f"{name}{len(part.source)} samples from {part.source.reference(0)}")
             else:
                 shards = part.source.shards()
-                lines.append(f"{name}{len(shards)} shards from {shards[0]}")
-        return ", ".join(lines)
+                lines.append(f"{name}{len(shards)} shards from {shards[0]} in blocks of {self.block}")
+        return ", ".join([*lines, type(self.pack).__name__, *([] if self.shuffle else ["in file order"])])
 
     @property
     def unit(self) -> str:
@@ -282,7 +293,7 @@ class Dataset:
             else:
                 for shard in range(len(part.source.shards())):
                     for reference, raw in part.source.open(shard, 0):
-                        yield part.work(reference, functools.partial(_same, raw), seed=seed)
+                        yield part.work(reference, functools.partial(given, raw), seed=seed)
 
     def rows(self, items: Iterator[Item]) -> Iterator[list[Piece]]:
         """The rows that the packer makes of ``items``, to the last."""
@@ -338,5 +349,6 @@ class Dataset:
         return batch
 
 
-def _same(value: Any) -> Any:
-    return value
+def given(raw: Any) -> Any:
+    """A stream's raw sample, or what the function in its place gives."""
+    return raw() if callable(raw) else raw

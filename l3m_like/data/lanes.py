@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from l3m_like.core.errors import UserError
-from l3m_like.data.dataset import BadSample, Dataset, Item, Part
+from l3m_like.data.dataset import BadSample, Dataset, Item, Part, given
 from l3m_like.data.order import Order, permuted, round_keys
 from l3m_like.data.packing import Piece, Ref
 
@@ -38,6 +38,11 @@ class IndexFeed:
         self.part, self.number, self.lanes = part, number, lanes
         self._order = Order(len(part.source), seed, part.name, shuffle=shuffle)
         self._limit = None if epochs is None else epochs * self._order.samples
+        if self._limit is not None and self._limit < lanes:
+            raise UserError(
+                f"{part.source.path} has {self._order.samples} samples x {epochs} passes, fewer than the {lanes} lanes, so some "
+                f"would have none of it. Set data.lanes to {self._limit} or less."
+            )
         self._block = -1
 
     def get(self, k: int) -> tuple[str, int, Callable[[], Any]] | None:
@@ -135,19 +140,15 @@ class StreamFeed:
                 for number, (reference, raw) in enumerate(self.part.source.open(shard, skip), start=skip):
                     if number % self._cuts == cut:
                         taken += 1
-                        yield (reference, epoch, functools.partial(_given, raw)), turn, number + 1
-            except UserError as error:  # the rest of this shard is lost; it counts as one bad sample
+                        yield (reference, epoch, functools.partial(given, raw)), turn, number + 1
+            except UserError as error:  # it counts as one bad sample
                 taken += 1
-                bad = functools.partial(_raise, BadSample(self._shards[shard], str(error)))
+                bad = functools.partial(_raise, BadSample(self._shards[shard], f"{error} The rest of the shard is lost."))
                 yield (self._shards[shard], epoch, bad), turn + 1, 0
             turn, skip = turn + 1, 0
             fruitless = 0 if taken else fruitless + 1
             if fruitless > self._order.samples:
                 raise UserError(f"{self.part.source.path}: lane {self.number} finds no sample in any shard.")
-
-
-def _given(raw: Any) -> Any:
-    return raw
 
 
 def _raise(error: Exception) -> Any:
@@ -263,7 +264,7 @@ class Lane:
                 continue
             if (why := self._pack.too_large(item)) is not None:
                 if self._pack.too_long != "drop":
-                    raise BadSample(item.reference, f"{why}. Set pack.too_long: drop or split, or a longer row.")
+                    raise BadSample(item.reference, f"{why}. {self._pack.advice}")
                 self._leave_out(item.reference, why, dropped=True)
                 continue
             self._fruitless = 0
@@ -316,8 +317,8 @@ def default_lanes(global_batch: int) -> int:
 def count_rows(dataset: Dataset, lanes: int, seed: int, epochs: int, sizes: Mapping[str, np.ndarray] | None) -> list[int]:
     """Rows that each lane makes of ``epochs`` epochs (all samples are used, the last row may be padded).
 
-    ``sizes`` (None where every row is one sample): ``{source: tokens of each sample, -1 of one that is left out}``. The packer
-    itself runs, over arrays of those sizes that take no memory.
+    ``sizes`` (None where every row is one sample): ``{source: [epochs, or 1 if all are alike, samples]}``, the tokens of each, -1
+    of one that is left out. The packer itself runs, over arrays of those sizes that take no memory.
     """
     if sizes is None:
         samples = epochs * len(dataset)
@@ -342,16 +343,17 @@ class _Sizes:
         self.path, self.sizes, self.reference = part.source.path, sizes, part.source.reference
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return self.sizes.shape[1]
 
     def read(self, index: int) -> int:
-        return int(self.sizes[index])
+        return index
 
     def keys(self) -> Any: ...
 
     def check(self) -> None: ...
 
-    def __call__(self, size: Any, visit: Any) -> dict[str, np.ndarray]:
+    def __call__(self, index: Any, visit: Any) -> dict[str, np.ndarray]:
+        size = int(self.sizes[visit.epoch % len(self.sizes), index])
         if size < 0:
             raise UserError("left out")
         return {"ids": np.broadcast_to(np.int64(0), size)}

@@ -124,7 +124,12 @@ class Loader:
         self.number = step
         self._rows = self._lanes[0].rows
         #: the number of the last step of ``epochs`` epochs + 1, None where it is not known
-        self.total_steps = None if epochs is None else step + self._count_rows(epochs, remainder)
+        self.total_steps = None if epochs is None else step + self._count_steps(epochs, remainder)
+        if self.total_steps == 0:
+            raise UserError(
+                f"{epochs} epochs of {dataset.describe()} make no whole step of batch.global {global_batch}. Lower it, or set "
+                "data.remainder: wrap."
+            )
         self._made: deque[Future[Step | None]] = deque()
         self._error: Exception | None = None
 
@@ -193,22 +198,32 @@ class Loader:
         """Start the work on a sample: a function of (sample, epoch, seed), so any thread may do it."""
         return functools.cache(work) if self._workers is None else self._workers.submit(work).result
 
-    def _count_rows(self, epochs: int, remainder: str) -> int:
+    def left_out(self) -> list[dict[str, Any]]:
+        """After the end: what was left out since the last step."""
+        return [entry for lane in self._lanes for entry in lane.left_out]
+
+    def _count_steps(self, epochs: int, remainder: str) -> int:
         """Steps that are left of ``epochs`` epochs."""
         sizes = None
         if not self.dataset.pack.one_row_per_sample:
             run = map if self._workers is None else self._workers.map
             sizes = {
-                name: np.array(list(run(functools.partial(self._size, part), range(len(part.source)))))
+                name: np.array(
+                    [
+                        list(run(functools.partial(self._size, part, epoch), range(len(part.source))))
+                        for epoch in range(epochs if part.sizes_vary else 1)
+                    ]
+                )
                 for name, part in self.dataset.parts.items()
             }
         counts = count_rows(self.dataset, self.lanes, self.seed, epochs, sizes)
         rows = (min(counts) if remainder == "drop" else max(counts)) - self._rows
         return rows // self._rows_per_lane if remainder == "drop" else -(-rows // self._rows_per_lane)
 
-    def _size(self, part: Part, index: int) -> int:
+    def _size(self, part: Part, epoch: int, index: int) -> int:
+        read = functools.partial(part.source.read, index)
         try:
-            return part.work(part.source.reference(index), functools.partial(part.source.read, index), seed=self.seed).size
+            return part.work(part.source.reference(index), read, epoch=epoch, seed=self.seed).size
         except BadSample:
             return -1  # met again, and reported, when its turn comes
 
@@ -218,6 +233,8 @@ def check_remainder(dataset: Dataset, epochs: int | None, remainder: str) -> Non
     if remainder not in REMAINDERS:
         raise UserError(f"data.remainder is '{remainder}'. {did_you_mean(remainder, REMAINDERS)}")
     if epochs is None:
+        if remainder != "drop":
+            raise UserError(f"data.remainder: {remainder} belongs to `epochs`; this run has another length. Remove it.")
         return
     if epochs < 1:
         raise UserError(f"epochs is {epochs}; it is at least 1.")

@@ -74,6 +74,8 @@ class Packer(Protocol):
 
     #: what happens to such a sample: "error" or "drop" (it is noted in the ledger)
     too_long: str
+    #: what to change where it is an error
+    advice: str
 
     def collate(self, rows: Sequence[Sequence[Piece]], sources: Sequence[str] = ()) -> dict[str, Tensor]:
         """A batch of CPU tensors; with ``sources``, also which elements come from which."""
@@ -104,6 +106,7 @@ class Stack:
     one_row_per_sample = True
     may_be_empty = False
     too_long = "error"
+    advice = ""
     unit: str | None = None
     units_per_row = 1
 
@@ -159,6 +162,7 @@ class TokenPack:
     one_row_per_sample = False
     may_be_empty = True
     too_long = "error"
+    advice = "Set pack.too_long: drop or split, or a longer row."
     unit: str | None = "tokens"
 
     def __init__(self, length: int, max_documents: int | None = None, stream: str = "text") -> None:
@@ -235,7 +239,7 @@ class TokenPack:
 
 
 class ConcatPack(TokenPack):
-    """Documents one after the other; nothing is dropped and, but for the last row, nothing padded.
+    """Documents one after the other; nothing is dropped, and only a row that holds ``max_documents`` (or the last) is padded.
 
     A document that crosses the end of a row is cut there, and its rest begins the next row, as a document of its own:
     positions restart and attention does not reach back. The last token of a cut part still has its true target.
@@ -295,7 +299,7 @@ class FitPack(TokenPack):
         cost: what a document costs; with ``max_cost``, rows also close at that sum, so that they balance compute and not only
             tokens. A document that alone costs more is too long.
         too_long: what happens to a document of more than ``length`` tokens: ``error``, ``drop`` (it is noted in the ledger) or
-            ``split`` (into parts of ``length``, each a document of its own).
+            ``split`` (into parts of ``length``, each a document of its own; they all wait in the buffer).
 
     Raises:
         UserError: an unknown word, or ``cost`` and ``max_cost`` not both given.
@@ -322,6 +326,8 @@ class FitPack(TokenPack):
         if (cost is None) != (max_cost is None):
             raise UserError("cost and max_cost belong together: give both, or none.")
         self.fit, self.buffer, self.cost, self.max_cost, self.too_long = fit, buffer, cost, max_cost, too_long
+        if too_long == "split":
+            self.advice = "Raise pack.max_cost, or shorten the rows."
 
     def start(self) -> State:
         return {"waiting": []}

@@ -38,9 +38,10 @@ def resolve(path: str) -> list[Path]:
         return [SHIPPED / name]
     files: list[Path] = []
     for pattern in expand_braces(os.path.expanduser(path)):
-        found = sorted(glob.glob(pattern, recursive=True)) if re.search(r"[*?\[]", pattern) else [pattern]
-        files += [Path(name) for name in found if Path(name).is_file()]
-        if not found or not Path(found[0]).is_file():
+        literal = not re.search(r"[*?\[]", pattern) or os.path.isfile(pattern)
+        found = [name for name in ([pattern] if literal else sorted(glob.glob(pattern, recursive=True))) if os.path.isfile(name)]
+        files += map(Path, found)
+        if not found:
             missing = os.path.abspath(pattern)
             raise DataMissing(
                 path, f"path: no file at {missing} (from path: '{path}'). Put the data there, or give its place on this machine."

@@ -154,9 +154,10 @@ class Mesh:
                 dist.all_reduce(value, group=self[axis].get_group())
         return value
 
-    def sum_all_async(self, values: Tensor) -> Any:
-        """Start a sum over every rank, in place; ``wait()`` on what comes back (None: there is one rank)."""
-        return dist.all_reduce(values, async_op=True) if self.world_size > 1 else None
+    def sum_all(self, values: Tensor) -> None:
+        """Sum over every rank, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
 
     def __str__(self) -> str:
         axes = " x ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)

@@ -88,6 +88,7 @@ def bench(cfg: RunConfig, steps: int = 20, *, warmup: int = 5, overhead: bool = 
             torch.cuda.reset_peak_memory_stats(mesh.device)
         with watch.attached(), contextlib.suppress(Watch.Enough):
             train(cfg)
+            raise UserError(f"bench: the data ended before {warmup + steps} steps; lower --steps.")
         result = summary(cfg, mesh, watch, warmup)
         if plain is not None:
             plain.file.close()
@@ -182,7 +183,7 @@ class Watch:
         return timed
 
     def _between_steps(self, agreed: Callable[..., Any]) -> Callable[..., Any]:
-        def between(upcoming: Upcoming, mesh: Mesh) -> Any:
+        def between(upcoming: Upcoming) -> Any:
             if self.plain is not None:
                 self._wait()
             self._mark(OTHER)  # the end of the step before
@@ -192,8 +193,6 @@ class Watch:
                 self._wait()
                 raise Watch.Enough
             batch = upcoming.batch
-            if batch is None:
-                raise UserError(f"bench: the data ended after {len(self._marks)} of {self.wanted} steps; lower --steps.")
             if self.plain is not None:
                 began = time.perf_counter()
                 self.plain(batch)
@@ -206,7 +205,7 @@ class Watch:
             self._within_step = True
             self._cpu_seconds()
             self._mark(OTHER)
-            return agreed(upcoming, mesh)
+            return agreed(upcoming)
 
         return between
 

@@ -1,4 +1,5 @@
-"""What all ranks agree on before a step: one small vector, summed on the CPU group while the previous step still runs."""
+"""What all ranks agree on before a step: one small vector, summed on the CPU group while the device still works on the
+previous step."""
 
 from __future__ import annotations
 
@@ -39,36 +40,26 @@ class Signals:
 
 @dataclass
 class Upcoming:
-    """The next step's batch, and the control word that is on its way."""
+    """The next step's batch, and what all ranks said of it."""
 
-    batch: Step | None
+    batch: Step
     word: Tensor
-    work: Any
     names: list[str]
     data_wait: float
 
-    def over(self, mesh: Mesh) -> bool:
-        """Wait for the word: whether some rank has no batch, so that none takes this step."""
-        if self.work is not None:
-            self.work.wait()
-        return int(self.word[0]) < mesh.dp_size
-
-    def agreed(self, mesh: Mesh) -> tuple[Step, dict[str, float], bool, float]:
-        """Wait for the word: ``(batch, {term: global count}, stop, seconds waited for data)``; not if it is ``over``."""
-        began = time.perf_counter()
-        if self.work is not None:
-            self.work.wait()
+    def agreed(self) -> tuple[Step, dict[str, float], bool, float]:
+        """``(batch, {term: global count}, stop, seconds waited for data and for the slowest rank's)``."""
         _, stop, *counts = self.word.tolist()
-        assert self.batch is not None
-        totals = {name: max(count, 1.0) for name, count in zip(self.names, counts, strict=True)}
-        return self.batch, totals, stop > 0, self.data_wait + time.perf_counter() - began
+        return self.batch, dict(zip(self.names, counts, strict=True)), stop > 0, self.data_wait
 
 
-def fetch(loader: Loader, updates: Sequence[Update], signals: Signals, mesh: Mesh) -> Upcoming:
-    """Take the next batch and start the sum of the control word: (has a batch, wants to stop, count of each term)."""
+def fetch(loader: Loader, updates: Sequence[Update], signals: Signals, mesh: Mesh) -> Upcoming | None:
+    """Take the next batch, and sum the control word over all ranks: (has a batch, wants to stop, count of each term).
+
+    None, on all ranks, if some rank has no batch: the data is over.
+    """
     began = time.perf_counter()
     batch = loader.next_step()
-    waited = time.perf_counter() - began
     losses = {name: loss for update in updates for name, loss in update.losses.items() if not loss.count_late}
     counts = [sum(float(loss.count_of(micro)) for micro in batch.micro) if batch else 0.0 for loss in losses.values()]
     # float64 holds counts exactly up to 2^53
@@ -76,7 +67,11 @@ def fetch(loader: Loader, updates: Sequence[Update], signals: Signals, mesh: Mes
     # a signal may reach one rank alone, also one that does not speak for its rows
     if mesh.world_size > 1 and not mesh.speaks_for_rows:
         word[[0, *range(2, len(word))]] = 0.0
-    return Upcoming(batch, word, mesh.sum_all_async(word), list(losses), waited)
+    mesh.sum_all(word)
+    if int(word[0]) < mesh.dp_size:
+        return None
+    assert batch is not None
+    return Upcoming(batch, word, list(losses), time.perf_counter() - began)
 
 
 def seed_streams(seed: int, step: int, mesh: Mesh) -> None:

@@ -51,9 +51,11 @@ def flush(
     rows = []
     for index, record in enumerate(records):
         row: dict[str, Any] = {"step": record.step + 1}
-        means = {name: values.pop(0) / max(counts.pop(0), 1.0) for name in record.sums}
+        sums = {name: (values.pop(0), counts.pop(0)) for name in record.sums}
+        # a metric of which the step holds nothing (a source that did not come) has no value
+        means = {name: value / max(count, 1.0) for name, (value, count) in sums.items() if count or weights[name] is not None}
         row["loss"] = sum(weights[name] * mean for name, mean in means.items() if weights[name] is not None)
-        if len(means) > 1:
+        if len(sums) > 1:
             row |= {f"loss/{name}": mean for name, mean in means.items()}
         for update in record.norms:
             suffix = f"/{update}" if several else ""

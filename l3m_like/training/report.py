@@ -80,6 +80,10 @@ class Reporter:
             for tracker in self.trackers:
                 tracker.scalars(line["step"], values)
 
+    def left_out(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Note samples that were left out after the last step."""
+        self.metrics.left_out(step, samples)
+
     def evaluation(self, step: int, name: str, values: Mapping[str, float]) -> None:
         """Report the ``values`` of the evaluation ``name`` as ``<name>/<value>``."""
         if not self.is_main:

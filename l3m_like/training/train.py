@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -52,6 +53,8 @@ from l3m_like.training.updates import (
     refuse_state,
 )
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Plan:
@@ -75,7 +78,7 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
         model, losses = as_model(cfg.instantiate("model")), cfg.instantiate("loss")
     parts = parts_of(model)
     refuse_state(losses)
-    if cfg.init is None:
+    if cfg.init is None and cfg.checkpoint.resume in ("auto", "never"):
         random_weights(parts.values())  # a frozen part that nothing would be loaded into
     check_lanes(cfg.batch.global_, cfg.batch.micro or 1, dp_size, cfg.data.lanes or default_lanes(cfg.batch.global_))
     updates = plan_updates(cfg, parts, losses)
@@ -197,9 +200,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     signals = Signals()
     closing.callback(signals.restore)
     upcoming = fetch(loader, updates, signals, mesh) if step < steps else None
-    if upcoming is not None and upcoming.over(mesh):
-        upcoming = None
-    stop = False
+    over = upcoming is None
     pending: list[StepRecord] = []
     final: dict[str, float] = saved["final"]
     began = time.perf_counter()
@@ -207,7 +208,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     gc.disable()  # ranks that collect at different moments wait for each other
     closing.callback(gc.enable)
     while upcoming is not None:
-        batch, totals, stop, waited = upcoming.agreed(mesh)
+        batch, totals, stop, waited = upcoming.agreed()
         seed_streams(cfg.seed, step, mesh)
         scale = schedule.scale(step)
         sums: dict[str, Tensor] = {}
@@ -231,10 +232,9 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         units = {name: sum(run.dataset.units(micro, name) for micro in batch.micro) for name in (None, *run.dataset.names)}
         pending.append(StepRecord(step, sums, norms, batch, rates, waited, units, flops.of(batch.micro)))
         step += 1
-        upcoming = None if stop or step == steps else fetch(loader, updates, signals, mesh)
-        if upcoming is not None and upcoming.over(mesh):  # the data ends on all ranks at the same step
-            upcoming = None
-        ending = upcoming is None
+        upcoming = fetch(loader, updates, signals, mesh) if step < steps else None
+        over = upcoming is None  # on all ranks
+        ending = over or stop
 
         # ---- log, evaluate, save: the only lines that wait for the device
         saving = ending or (cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0)
@@ -245,7 +245,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             bad_samples = watch_bad_samples(rows, bad_samples, cfg.data.max_bad_samples)
             final |= {"step": step, "loss": rows[-1]["loss"]}
             pending.clear()
-            for name, values in evaluations.run(step, ema, last=ending and not stop):
+            for name, values in evaluations.run(step, ema, last=over):
                 reporter.evaluation(step, name, values)
                 final |= {f"{name}/{key}": value for key, value in values.items()}
             if saving:
@@ -257,11 +257,18 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             began = time.perf_counter()
         if step % cfg.gc_every == 0:
             gc.collect()
+        if ending:
+            break
 
     # ---- the end -------------------------------------------------------------------------------------------------
     checkpointer.wait()
     reporter.close(final)
-    if stop and step < steps:
+    if over and step < steps:
+        if mesh.is_main:
+            log.warning("the data ended after step %d of %d", step, steps)
+        if cfg.data.keeps_ledger:
+            reporter.left_out(step + 1, [entry for entries in gather_objects(loader.left_out()) for entry in entries])
+    if not over:
         raise Stopped(f"stopped by a signal after step {step} of {steps}; saved. The same command goes on from there.")
     return final
 

@@ -69,7 +69,7 @@ class Update:
         for name, loss in self.losses.items():
             value, count = loss.term(data, totals.get(name), mesh)
             if loss.weight is not None:
-                plain[name] = value / count
+                plain[name] = value / (count if isinstance(count, Tensor) else max(count, 1.0))
                 if torch.is_grad_enabled() and not plain[name].requires_grad:
                     raise UserError(
                         f"loss.{name} has a weight, but no gradient reaches a trained parameter (it goes through a Frozen, or "

@@ -81,6 +81,10 @@ def test_what_it_replaces_and_what_wins(tmp_path: Path) -> None:
     assert RunConfig.from_file(tmp_path / "saved" / "config.yaml") == cfg
     with pytest.raises(UserError, match="data=text_json .*Did you mean 'text_jsonl'"):
         RunConfig.from_file(llm, ["data=text_json", "data.path=x"])
+    with pytest.raises(UserError, match="data=text_jsonl reads no media by a path"):
+        RunConfig.from_file(llm, [*own, "data.folder=/nope"])
+    with pytest.raises(UserError, match="several values are a sweep: add -m"):
+        RunConfig.from_file(llm, ["data=text_jsonl", "data.path=/a,/b"])
     with pytest.raises(UserError, match="it needs data.path"):
         RunConfig.from_file(llm, ["data=text_jsonl"])
     with pytest.raises(UserError, match="data.path"):
@@ -98,6 +102,13 @@ def test_a_preset_of_ones_own_and_a_sweep(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     assert main(["--config", "my.yaml", "-m", "data=mine", f"data.path={texts}", "lr=1e-3,2e-3", "log.console=false"]) == 0
     assert len(list((tmp_path / "runs").glob("*/*/result.json"))) == 2
+    (tmp_path / "data" / "grey.yaml").write_text(
+        "source: {_target_: l3m_like.data.WebDataset, path: '${data.path}/a.tar'}\n"
+        "process: {_target_: l3m_like.data.ClassImage, size: 28, channels: 1, flip: false}\n"
+    )
+    (tmp_path / "pictures.yaml").write_text("defaults: [sit]\n")
+    train_on = RunConfig.from_file("pictures.yaml", ["data=grey", "data.path=2024"]).data.sets["train"]
+    assert train_on["source"]["path"] == "2024/a.tar" and train_on["process"]["channels"] == 1
     (tmp_path / "data" / "mine.yaml").write_text("sauce: {}\n")
     with pytest.raises(UserError, match="'sauce' is not one of source, process, pack. Did you mean 'source'"):
         RunConfig.from_file("my.yaml", ["data=mine", "data.path=x"])

@@ -20,6 +20,7 @@ from l3m_like.data import (
     EvalLoader,
     FitPack,
     JsonLines,
+    JsonLinesStream,
     Loader,
     Mix,
     OnePerRow,
@@ -437,6 +438,12 @@ def test_a_mixture_of_finite_sources_ends() -> None:
     assert steps == 8 and sum(int(batch["from_b"].sum()) for batch in batches) == 48
     steps, refs, _ = ended(made("first"))
     assert 3 <= steps <= 4
+    with pytest.raises(UserError, match="data.remainder: pad belongs to `epochs`"):
+        ended(made("last"), remainder="pad")
+    with pytest.raises(UserError, match="16 samples x 1 passes, fewer than the 32 lanes.*Set data.lanes to 16"):
+        Loader(made("last"), seed=0, global_batch=32, micro_batch=32)
+    with pytest.raises(UserError, match="make no whole step of batch.global 64"):
+        Loader(numbers(20), seed=0, global_batch=64, micro_batch=64, epochs=1, lanes=4)
     with pytest.raises(UserError, match="a mixture has no passes of its own"):
         ended(made("last"), epochs=1)
     with pytest.raises(UserError, match="shards is a stream, whose length is not known. Give `steps`"):
@@ -551,6 +558,45 @@ def test_a_broken_shard_counts_as_one_sample() -> None:
     assert told and {entry["sample"] for entry in told} == {"shard-1"} and "connection was lost" in told[0]["error"]
     seen = [ref for step in steps for ref in step.refs]
     assert "shard-1#3" in seen and not any(f"shard-1#{n}" in seen for n in range(4, 8))
+
+
+def test_a_bad_record_of_a_stream_is_one_sample(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"line {n}"}) for n in range(40)]
+    lines[11] = "{"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    dataset = Dataset(JsonLinesStream(str(tmp_path / "a.jsonl")), bytes_of(), OnePerRow(64), block=4)
+    loader = Loader(dataset, seed=0, global_batch=2, micro_batch=2, most_bad=5, prefetch=0)
+    steps = [loader.next_step() for _ in range(20)]
+    seen = {ref for step in steps for ref in step.refs}
+    assert len(seen) >= 38 and {entry["sample"] for step in steps for entry in step.left_out} == {"a.jsonl#12"}
+
+
+def test_what_is_met_after_the_last_step_is_told() -> None:
+    class LateBad(Numbers):
+        def read(self, index: int) -> dict[str, Any]:
+            if index >= 8:
+                raise OSError("bad block")
+            return super().read(index)
+
+    dataset = Dataset({"a": LateBad(12)}, Draw(), Stack(), Mix({"a": 1}, epochs={"a": 1}), shuffle=False)
+    loader = Loader(dataset, seed=0, global_batch=2, micro_batch=2, most_bad=9, prefetch=0)
+    told = []
+    while (step := loader.next_step()) is not None:
+        told += step.left_out
+    assert {entry["sample"] for entry in told + loader.left_out()} == {f"numbers#{n}" for n in range(8, 12)}
+
+
+def test_sizes_that_change_with_the_epoch_are_counted() -> None:
+    class Grows(AsIds):
+        sizes_vary = True
+
+        def __call__(self, sample: dict[str, Any], visit: Any) -> dict[str, np.ndarray]:
+            return {"ids": np.zeros(4 + 4 * visit.epoch, dtype=np.int64)}
+
+    dataset = Dataset(Numbers(64), Grows(), ConcatPack(16))
+    for remainder, samples in (("drop", 128), ("pad", 128)):
+        steps, refs, _ = ended(dataset, epochs=2, remainder=remainder, micro_batch=8)
+        assert steps == (64 * 4 + 64 * 8) // 16 // 8 == 6 and sum(len(row.split(" + ")) for row in refs) >= samples
 
 
 def test_too_long_by_policy(documents: str) -> None:

@@ -198,9 +198,9 @@ def test_a_token_across_a_border_is_not_trained_on(tmp_path: Path) -> None:
     made.save(str(tmp_path / "tokenizer.json"))
     process = Chat(str(tmp_path / "tokenizer.json"), vocab_size=len(vocabulary), end="<end>")
     messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "ab"}]
-    assert said(process.show({"messages": messages})) == ["b<|im_end|>"]
+    assert said(process.show({"messages": messages})) == ["b<|im_end|>\n", ""]
     messages[1]["content"] = "ba"
-    assert said(process.show({"messages": messages})) == ["ba<|im_end|>"]
+    assert said(process.show({"messages": messages})) == ["ba<|im_end|>\n", ""]
 
 
 @pytest.mark.parametrize("kind", ["config", "jinja", "marked"])

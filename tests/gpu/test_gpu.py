@@ -168,12 +168,12 @@ def refuse_waiting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     begun, watched = [], []
     agreed = Upcoming.agreed
 
-    def begin(upcoming: Upcoming, mesh: Any) -> Any:
+    def begin(upcoming: Upcoming) -> Any:
         begun.append(len(begun) + 1)
         quiet = begun[-1] > 1 and begun[-1] % EVERY != 0
         torch.cuda.set_sync_debug_mode("error" if quiet else "default")
         watched.extend(begun[-1:] if quiet else [])
-        return agreed(upcoming, mesh)
+        return agreed(upcoming)
 
     monkeypatch.setattr(Upcoming, "agreed", begin)
     return watched

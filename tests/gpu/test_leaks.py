@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
-
-from test_packing import check_isolation  # noqa: E402
-
-from l3m_like.kernels.attention import BACKENDS, attention  # noqa: E402
+from l3m_like.kernels.attention import BACKENDS, attention
+from l3m_like.pretrained.torchvision_ops import allow_torchvision
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -21,7 +18,11 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["causal", "full"])
 @pytest.mark.parametrize("backend", list(BACKENDS))
-def test_isolation_is_bitwise(backend: str, kind: str, dtype: torch.dtype) -> None:
+def test_isolation_is_bitwise(backend: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow_torchvision()
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "parity"), *sys.path])
+    from test_packing import check_isolation
+
     check_isolation(backend, kind, dtype, "cuda")
 
 

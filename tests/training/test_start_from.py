@@ -99,6 +99,25 @@ def test_a_signal_saves_and_is_not_called_done(tmp_path: Path, monkeypatch: pyte
         assert torch.equal(weights(tmp_path, "run")[name], value), name
 
 
+def test_a_signal_in_the_last_step_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from l3m_like.training import train as module
+
+    fetched = module.fetch
+    made = 0
+
+    def signalled(*args: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == 2:  # the word of the last step says so
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetched(*args)
+
+    evals = {"heldout": {"data": VECTORS["train"]}}
+    whole = l3m_like.train(tree(tmp_path, "whole", evals=evals))
+    monkeypatch.setattr(module, "fetch", signalled)
+    assert l3m_like.train(tree(tmp_path, "run", evals=evals)) == whole and "heldout/loss" in whole
+
+
 def test_a_run_without_a_checkpoint_gives_its_directory_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from l3m_like.training.checkpoint import Checkpointer
 

@@ -37,6 +37,9 @@ class FillInTheMiddle:
         UserError: rates outside [0, 1]; tokens that are not the three, or not in the tokenizer; tokenizer ``bytes``.
     """
 
+    #: a document that is rearranged has three tokens more, and which ones are is drawn in every epoch
+    sizes_vary = True
+
     def __init__(self, process: Tokenize, tokens: Mapping[str, str], rate: float = 0.5, spm_rate: float = 0.5) -> None:
         if not (0 <= rate <= 1 and 0 <= spm_rate <= 1):
             raise UserError(f"rate is {rate} and spm_rate {spm_rate}; they are from 0 to 1.")

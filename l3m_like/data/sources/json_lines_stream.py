@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -32,11 +33,12 @@ class JsonLinesStream:
         """The files' names, in the order of ``path``."""
         return short_names(self._files)
 
-    def open(self, shard: int, skip: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """``(FILE#LINE, record)`` from record number ``skip`` on; lines are counted from 1, and blank ones hold no record.
+    def open(self, shard: int, skip: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+        """``(FILE#LINE, function that gives the record)`` from record number ``skip`` on; lines are counted from 1, and blank
+        ones hold no record.
 
         Raises:
-            UserError: a line is not a JSON object; the file is damaged. It names the file and the line.
+            UserError: the file is damaged. It names the file and the line. (By the function: a line is not a JSON object.)
         """
         path, name = self._files[shard], self.shards()[shard]
         record, number = 0, 0
@@ -45,7 +47,7 @@ class JsonLinesStream:
                 for number, line in enumerate(stream, start=1):
                     if line.strip():
                         if record >= skip:
-                            yield f"{name}#{number}", _parsed(line, f"{path}, line {number}")
+                            yield f"{name}#{number}", functools.partial(_parsed, line, f"{path}, line {number}")
                         record += 1
         except (EOFError, OSError, zlib.error) as error:
             raise UserError(f"{path}, after line {number}: {error}. Copy it again.") from error

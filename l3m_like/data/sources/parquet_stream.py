@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class ParquetStream:
         """The files' names, in the order of ``path``."""
         return short_names(self._files)
 
-    def open(self, shard: int, skip: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    def open(self, shard: int, skip: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         """``(FILE#ROW, sample)`` from row ``skip`` (counted from 0) on. Row groups before it are not read.
 
         Raises:
@@ -58,11 +59,14 @@ class ParquetStream:
                     return
                 for batch in file.iter_batches(ROWS, row_groups=groups, columns=wanted):
                     for record in batch.slice(min(max(skip - start, 0), len(batch))).to_pylist():
-                        yield f"{name}#{row}", self.columns({column: undecoded(value) for column, value in record.items()})
+                        yield f"{name}#{row}", functools.partial(self._sample, record)
                         row += 1
                     start += len(batch)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{name}, row {row}: {path} is not readable parquet: {error}. Copy it again.") from error
+
+    def _sample(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        return self.columns({column: undecoded(value) for column, value in record.items()})
 
     @cached_property
     def _files(self) -> list[Path]:
