@@ -265,7 +265,7 @@ def test_show_names_special_tokens(tmp_path: Path) -> None:
 
 def test_no_data(tmp_path: Path) -> None:
     dataset = Dataset(text(tmp_path, [5]), Tokenize(vocab_size=257), OnePerRow(8))
-    with pytest.raises(UserError, match="the data ends before the first batch"):
+    with pytest.raises(UserError, match="fewer than the 2 lanes"):
         inspect_training(dataset, 2, seed=0, global_batch=2, micro_batch=2, epochs=1)
     with pytest.raises(UserError, match="--batches is 0"):
         inspect_evaluation(dataset, 0, batch=1)

@@ -78,4 +78,5 @@ def test_data_that_ends_ends_all_ranks_at_the_same_step_with_an_evaluation_and_a
         ended[ranks] = step, [row["loss"] for row in rows_of(tree)]
         assert pool.run(ranks, run, tree)[0]["step"] == step  # the same command finds nothing left to do
     assert ended[1][0] == ended[2][0] == ended[4][0]
-    assert ended[1][1] == pytest.approx(ended[2][1], rel=1e-9) == pytest.approx(ended[4][1], rel=1e-9)
+    for ranks in (2, 4):
+        assert ended[ranks][1] == pytest.approx(ended[1][1], rel=1e-9)

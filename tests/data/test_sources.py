@@ -12,6 +12,7 @@ import struct
 import tarfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,9 +46,16 @@ from l3m_like.data import (
     WebDataset,
     WebDatasetStream,
 )
+from l3m_like.data.dataset import given
 from l3m_like.data.sources import web_dataset
 
 VISIT = Visit("x#1", 0, 0)
+
+
+def opened(stream: Any, shard: int, skip: int) -> Iterator[tuple[str, Any]]:
+    """What a stream's shard gives, its records made."""
+    return ((reference, given(raw)) for reference, raw in stream.open(shard, skip))
+
 
 
 def picture(value: int, kind: str = "PNG") -> bytes:
@@ -721,10 +729,10 @@ def test_keys_are_those_of_webdataset(tmp_path: Path) -> None:
 
 def test_streams_and_sources_agree() -> None:
     source, stream = WebDataset("shipped:fashion_mnist.tar.gz"), WebDatasetStream("shipped:fashion_mnist.tar.gz")
-    streamed = list(stream.open(0, 9000))
+    streamed = list(opened(stream, 0, 9000))
     assert streamed == [(source.reference(index), source.read(index)) for index in range(9000, len(source))] and streamed
     text, lines = JsonLines("shipped:shakespeare.jsonl"), JsonLinesStream("shipped:shakespeare.jsonl")
-    assert list(lines.open(0, 100)) == [(text.reference(index), text.read(index)) for index in range(100, len(text))]
+    assert list(opened(lines, 0, 100)) == [(text.reference(index), text.read(index)) for index in range(100, len(text))]
 
 
 def test_pipe(tmp_path: Path) -> None:
@@ -732,8 +740,8 @@ def test_pipe(tmp_path: Path) -> None:
         write(tmp_path / f"t-{number}.tar.gz", gzip.compress(tar_of(MEMBERS)))
     stream = WebDatasetStream(f"pipe:gunzip < {tmp_path}/t-{{0..1}}.tar.gz | cat")
     assert stream.shards() == ["t-0.tar.gz", "t-1.tar.gz"]
-    assert list(stream.open(1, 2)) == [(f"t-1.tar.gz#k/{n}", SAMPLES[n]) for n in (2, 3, 4)]
-    early = stream.open(0, 0)
+    assert list(opened(stream, 1, 2)) == [(f"t-1.tar.gz#k/{n}", SAMPLES[n]) for n in (2, 3, 4)]
+    early = opened(stream, 0, 0)
     assert next(early)[1] == SAMPLES[0]
     early.close()  # ends the command
 
@@ -744,7 +752,7 @@ def test_pipe_that_dies_once(tmp_path: Path, size: int, end: str) -> None:
     path = write(tmp_path / "t.tar", tar_of(MEMBERS))
     once = f"if [ -e {tmp_path}/died ]; then cat {path}; else touch {tmp_path}/died; head -c {size} {path}; {end}; fi"
     stream = WebDatasetStream(f"pipe:{once}", retries=1, backoff=0.0)
-    assert list(stream.open(0, 1)) == [(f"t.tar#k/{n}", SAMPLES[n]) for n in range(1, 5)]
+    assert list(opened(stream, 0, 1)) == [(f"t.tar#k/{n}", SAMPLES[n]) for n in range(1, 5)]
     assert (tmp_path / "died").exists()
 
 
@@ -793,15 +801,15 @@ def test_http(tmp_path: Path) -> None:
     threading.Thread(target=partial(server.serve_forever, poll_interval=0.01), daemon=True).start()
     stream = WebDatasetStream(f"http://127.0.0.1:{server.server_port}/t-{{0..1}}.tar?key=1", retries=1, backoff=0.0)
     assert stream.shards() == ["t-0.tar", "t-1.tar"]
-    assert list(stream.open(0, 0)) == [(f"t-0.tar#k/{n}", SAMPLES[n]) for n in range(5)]  # one retry in a row, twice
+    assert list(opened(stream, 0, 0)) == [(f"t-0.tar#k/{n}", SAMPLES[n]) for n in range(5)]  # one retry in a row, twice
     assert asked == ["/t-0.tar?key=1"] * 3
     with pytest.raises(DataMissing, match="t-1.tar.*404"):
-        next(stream.open(1, 0))
+        next(opened(stream, 1, 0))
     assert len(asked) == 4
     server.shutdown()
     server.server_close()
     with pytest.raises(UserError, match="^t-0.tar, sample 0: .*1 retries in a row"):
-        next(stream.open(0, 0))
+        next(opened(stream, 0, 0))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
@@ -813,21 +821,21 @@ def test_json_lines_stream(tmp_path: Path, suffix: str) -> None:
     stream = JsonLinesStream(str(path))
     assert stream.shards() == [f"a{suffix}"]
     for skip in (0, 1, 299, 300, 400):
-        assert list(stream.open(0, skip)) == [(f"a{suffix}#{2 * n + 1}", {"n": n}) for n in range(skip, 300)]
+        assert list(opened(stream, 0, skip)) == [(f"a{suffix}#{2 * n + 1}", {"n": n}) for n in range(skip, 300)]
     if suffix != ".jsonl":
         write(path, path.read_bytes()[:-9])
         with pytest.raises(UserError, match=r"a.jsonl.* after line \d+: .*Copy it again"):
-            list(stream.open(0, 0))
+            list(opened(stream, 0, 0))
 
 
 def test_json_lines_stream_errors(tmp_path: Path) -> None:
     path = str(write(tmp_path / "a.jsonl", '{"n": 1}\n{"n": \n5\n'))
-    assert next(JsonLinesStream(path).open(0, 0)) == ("a.jsonl#1", {"n": 1})
+    assert next(opened(JsonLinesStream(path), 0, 0)) == ("a.jsonl#1", {"n": 1})
     with pytest.raises(UserError, match="a.jsonl, line 2: not JSON"):
-        next(JsonLinesStream(path).open(0, 1))
+        next(opened(JsonLinesStream(path), 0, 1))
     with pytest.raises(UserError, match="a.jsonl, line 3: the record is int"):
-        next(JsonLinesStream(path).open(0, 2))
-    assert list(JsonLinesStream(str(write(tmp_path / "b.jsonl", ""))).open(0, 0)) == []
+        next(opened(JsonLinesStream(path), 0, 2))
+    assert list(opened(JsonLinesStream(str(write(tmp_path / "b.jsonl", ""))), 0, 0)) == []
 
 
 def test_parquet_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -840,11 +848,11 @@ def test_parquet_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert stream.shards() == ["a.parquet"]
     for skip in (0, 1, 299, 300, 301, 899, 999, 1000, 2000):
         expected = [(f"a.parquet#{n}", {"text": f"t{n}", "cls": b"%d" % n}) for n in range(skip, 1000)]
-        assert list(stream.open(0, skip)) == expected
+        assert list(opened(stream, 0, skip)) == expected
     whole = ParquetStream(f"{tmp_path}/a.parquet")
-    assert next(whole.open(0, 700)) == ("a.parquet#700", {"text": "t700", "score": 700, "image": b"700"})
+    assert next(opened(whole, 0, 700)) == ("a.parquet#700", {"text": "t700", "score": 700, "image": b"700"})
     with pytest.raises(UserError, match="no column 'txt' .for 'text'.. Did you mean 'text'"):
-        next(ParquetStream(f"{tmp_path}/a.parquet", {"text": "txt"}).open(0, 0))
+        next(opened(ParquetStream(f"{tmp_path}/a.parquet", {"text": "txt"}), 0, 0))
 
     groups: list[list[int]] = []
     iter_batches = parquet.ParquetFile.iter_batches
@@ -854,7 +862,7 @@ def test_parquet_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         lambda self, *args, **kwargs: groups.append(kwargs["row_groups"]) or iter_batches(self, *args, **kwargs),
     )
     for skip in (599, 600, 650):
-        next(stream.open(0, skip))
+        next(opened(stream, 0, skip))
     assert groups == [[1, 2, 3], [2, 3], [2, 3]]
 
 
@@ -867,11 +875,11 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     for damaged in (b"", content[:100_000], b"no parquet" * 99):
         path = str(write(tmp_path / "b.parquet", damaged))
         with pytest.raises(UserError, match="^b.parquet, row 0: .*b.parquet is not readable parquet"):
-            next(ParquetStream(path).open(0, 0))
+            next(opened(ParquetStream(path), 0, 0))
     half = len(content) // 2
     path = str(write(tmp_path / "b.parquet", content[:half] + b"\xff" * 100_000 + content[half + 100_000 :]))
     found: list[str] = []
     with pytest.raises(UserError, match=r"^b.parquet, row (25\d|[34]\d\d|500): "):
-        for _, sample in ParquetStream(path).open(0, 0):
+        for _, sample in opened(ParquetStream(path), 0, 0):
             found.append(sample["text"])
     assert found == texts[: len(found)] and len(found) >= 250
