@@ -35,7 +35,7 @@ from l3m_like.config import RunConfig  # noqa: E402
 from l3m_like.data import Dataset, EvalLoader  # noqa: E402
 from l3m_like.generate import Images, grid  # noqa: E402
 
-SAMPLES = 500  # generated images that the classifier judges
+SAMPLES = 300  # generated images that the classifier judges
 PER_CLASS = 10  # of them in the picture
 CLASSIFIER_EPOCHS = 5
 REAL_AT_LEAST, GENERATED_AT_LEAST = 0.85, 0.80
