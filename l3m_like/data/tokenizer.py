@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -69,7 +70,9 @@ class TextTokenizer:
         """ids int64 [T] of ``text``, without the end token."""
         if self.is_bytes:
             return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
-        return np.array(self._file.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        # of a batch: that call lets other threads run meanwhile, which the one for a single text does not
+        (encoding,) = self._file.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.int64)
 
     def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """``encode(text)``, and int64 [T, 2]: the characters (first, after the last) of ``text`` that each token is made from.
@@ -81,7 +84,7 @@ class TextTokenizer:
             sizes = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)  # UTF-8 bytes
             first = np.repeat(np.arange(len(points)), sizes)
             return self.encode(text), np.stack([first, first + 1], axis=1)
-        encoding = self._file.encode(text, add_special_tokens=False)
+        (encoding,) = self._file.encode_batch([text], add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.int64), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -98,6 +101,7 @@ class TextTokenizer:
 
     @cached_property
     def _file(self) -> Tokenizer:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its own threads would only get in the way of ours
         from tokenizers import Tokenizer, processors  # heavy, and not needed for bytes
 
         (path,) = resolve(self.path)
