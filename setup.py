@@ -62,6 +62,7 @@ setup(
             "transformers",
             "datasets",
             "webdataset",
+            "scikit-image",
             "diffusers",
             "timm",
             "torchvision",
