@@ -48,6 +48,7 @@ class Watched:
 
     def __init__(self, pack: Any) -> None:
         self.pack = pack
+        pack.separate = True  # rows are shown document by document, also where training does not keep them apart
         self.rows: list[Row] = []
 
     def __getattr__(self, name: str) -> Any:

@@ -151,6 +151,9 @@ class TokenPack:
         max_documents: the most documents in one row, so that ``cu_seqlens`` has one size for the whole run; a row that has
             so many is closed and padded. None: one per 32 tokens, at least 8.
         stream: prefix of the keys.
+        separate: keep documents apart. False: the tokens of a row are one sequence, as in many pretraining recipes: positions
+            run over the row, no key says where documents begin, and attention is the fastest; targets still end with a
+            document. Padding at a row's end then needs a causal mask to stay unseen.
 
     Writes (B rows): ``text_ids`` int64 [B,S]; ``text_targets`` int64 [B,S], the next token of the same document, -100 at its
     end, in padding, and where the sample's ``trained`` says so; ``text_positions`` int64 [B,S] from 0 in each document;
@@ -165,7 +168,7 @@ class TokenPack:
     advice = "Set pack.too_long: drop or split, or a longer row."
     unit: str | None = "tokens"
 
-    def __init__(self, length: int, max_documents: int | None = None, stream: str = "text") -> None:
+    def __init__(self, length: int, max_documents: int | None = None, stream: str = "text", separate: bool = True) -> None:
         if length < 1:
             raise UserError(f"length is {length}; it is the number of tokens in a row, at least 1.")
         if max_documents is not None and max_documents < 1:
@@ -173,11 +176,15 @@ class TokenPack:
         self.length = self.units_per_row = length
         self.max_documents = min(length, max(8, length // 32)) if max_documents is None else max_documents
         self.stream = stream
+        self.separate = separate
 
     def units(self, batch: Mapping[str, Tensor], source: str | None = None) -> int:
         if source is not None:
             return int(batch[self.source_key(source)].sum())
-        return int((batch[f"{self.stream}_document_ids"] != PADDING).sum())
+        if self.separate:
+            return int((batch[f"{self.stream}_document_ids"] != PADDING).sum())
+        used = (batch[f"{self.stream}_targets"] != IGNORED).any(1)
+        return int(((batch[f"{self.stream}_positions"].amax(1) + 1) * used).sum())
 
     def source_key(self, source: str) -> str:
         return f"{self.stream}_from_{source}"
@@ -203,7 +210,7 @@ class TokenPack:
                 if trained is not None:
                     following = np.where(trained[piece.start + 1 : piece.stop + 1], following, IGNORED)
                 targets[row, at : at + len(following)] = following
-                positions[row, span] = np.arange(piece.stop - piece.start)
+                positions[row, span] = np.arange(piece.stop - piece.start) + (0 if self.separate else at)
                 documents[row, span] = number
                 if sources:
                     origins[piece.item.source][row, span] = True
@@ -211,10 +218,12 @@ class TokenPack:
                 at = span.stop
             if at < self.length:
                 borders.append(row * self.length + at)
-        size = len(rows) * (self.max_documents + 1) + 1  # + 1 per row: its padding; + 1: the end
-        cu_seqlens = np.full(size, len(rows) * self.length, dtype=np.int32)
-        cu_seqlens[: len(borders)] = borders
-        arrays = {"ids": ids, "targets": targets, "positions": positions, "document_ids": documents, "cu_seqlens": cu_seqlens}
+        arrays: dict[str, np.ndarray] = {"ids": ids, "targets": targets, "positions": positions}
+        if self.separate:
+            size = len(rows) * (self.max_documents + 1) + 1  # + 1 per row: its padding; + 1: the end
+            cu_seqlens = np.full(size, len(rows) * self.length, dtype=np.int32)
+            cu_seqlens[: len(borders)] = borders
+            arrays |= {"document_ids": documents, "cu_seqlens": cu_seqlens}
         arrays |= {f"from_{source}": mask for source, mask in origins.items()}
         return {f"{self.stream}_{name}": torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -228,12 +237,14 @@ class TokenPack:
         specs = {
             "ids": KeySpec(torch.int64, grid, 1, "tokens"),
             "targets": KeySpec(torch.int64, grid, 1, "the next token of the same document, -100: none"),
-            "positions": KeySpec(torch.int64, grid, 1, "position in the document"),
-            "document_ids": KeySpec(torch.int32, grid, 1, "document of the row, -1: padding"),
-            "cu_seqlens": BorderSpec(
-                torch.int32, ("D",), None, "document borders over B*S, filled with B*S", per_row=self.max_documents + 1
-            ),
+            "positions": KeySpec(torch.int64, grid, 1, f"position in the {'document' if self.separate else 'row'}"),
         }
+        if self.separate:
+            meaning, per_row = "document borders over B*S, filled with B*S", self.max_documents + 1
+            specs |= {
+                "document_ids": KeySpec(torch.int32, grid, 1, "document of the row, -1: padding"),
+                "cu_seqlens": BorderSpec(torch.int32, ("D",), None, meaning, per_row=per_row),
+            }
         specs |= {f"from_{source}": KeySpec(torch.bool, grid, 1, f"tokens of {source}") for source in sources}
         return {f"{self.stream}_{name}": spec for name, spec in specs.items()}
 
@@ -293,7 +304,7 @@ class FitPack(TokenPack):
     there is room, the largest one that fits (``best``) or the earliest that does (``first``) is added, and the buffer filled up.
 
     Args:
-        length, max_documents, stream: as ``TokenPack``.
+        length, max_documents, stream, separate: as ``TokenPack``.
         fit: ``best`` or ``first``.
         buffer: documents that wait; more of them fill rows better, and mix the order more.
         cost: what a document costs; with ``max_cost``, rows also close at that sum, so that they balance compute and not only
@@ -315,8 +326,9 @@ class FitPack(TokenPack):
         too_long: str = "error",
         max_documents: int | None = None,
         stream: str = "text",
+        separate: bool = True,
     ) -> None:
-        super().__init__(length, max_documents, stream)
+        super().__init__(length, max_documents, stream, separate)
         if fit not in ("best", "first"):
             raise UserError(f"fit is '{fit}'. {did_you_mean(fit, ('best', 'first'))}")
         if too_long not in TOO_LONG:
@@ -376,12 +388,12 @@ class OnePerRow(TokenPack):
     """One document per row, padded to ``length``: no packing.
 
     Args:
-        length, stream: as ``TokenPack``.
+        length, stream, separate: as ``TokenPack``.
         too_long: ``error``, ``drop`` (noted in the ledger) or ``split`` (each part has a row of its own).
     """
 
-    def __init__(self, length: int, too_long: str = "error", stream: str = "text") -> None:
-        super().__init__(length, 1, stream)
+    def __init__(self, length: int, too_long: str = "error", stream: str = "text", separate: bool = True) -> None:
+        super().__init__(length, 1, stream, separate)
         if too_long not in TOO_LONG:
             raise UserError(f"too_long is '{too_long}'. {did_you_mean(too_long, TOO_LONG)}")
         self.too_long = too_long

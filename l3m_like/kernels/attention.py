@@ -1,13 +1,26 @@
-"""Scaled dot-product attention with grouped key/value heads.
+"""Scaled dot-product attention with grouped key/value heads, by one of several backends.
 
-Shapes: q [B, H, Sq, K]; k, v [B, Hkv, Skv, K], H a multiple of Hkv (key head j serves the query heads j*g .. j*g+g-1);
-``allowed`` bool, broadcastable to [B, 1, Sq, Skv], True = may attend. Every row of ``allowed`` must allow something (the
-lowering in ``layers/masks.py`` sees to that).
+Shapes: q [B, Sq, H, K]; k, v [B, Skv, Hkv, K], H a multiple of Hkv (key head j serves the query heads j*g .. j*g+g-1; keys
+are never repeated). What may attend to what arrives as a ``LoweredMask``: the form that its backend wants, made once per
+forward by ``layers/masks.py``.
+
+| backend | what it is | masks |
+|---|---|---|
+| reference | plain torch, softmax in at least float32: the definition | all (dense) |
+| sdpa | torch's SDPA; causal without a mask, else a dense one | all (dense) |
+| flash, cudnn | SDPA's fused kernels by name, fp16 and bf16 on CUDA | full, causal |
+| varlen | FlashAttention-2 over document borders, fp16 and bf16 on CUDA | full, causal, windows, documents |
+| flex | torch's FlexAttention, compiled on CUDA | all (block-sparse) |
+| flash_attn | the package flash-attn (2), or flash_attn_interface (3), where it is installed | as varlen |
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,38 +29,157 @@ from torch import Tensor
 from l3m_like.core.errors import UserError, did_you_mean
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
-    """Plain torch, softmax in at least float32. The definition that the other backends are tested against."""
-    if causal:
+class LoweredMask(NamedTuple):
+    """Who may attend to whom, in the form of one backend.
+
+    ``allowed``: bool [B or 1, 1, Sq, Skv] or None (all); ``causal``: the backend's own causal rule; ``live``: bool
+    [B, Sq, 1, 1], False for queries that attend to nothing (their output is set to zero), or None if there are none;
+    ``cu_seqlens`` int32 [N + 1]: borders of documents over B*S, none longer than ``max_seqlen``; ``window``: how many keys
+    (left, right) of its own place a query sees, -1 = no bound; ``blocks``: FlexAttention's BlockMask.
+    """
+
+    backend: str = "sdpa"
+    allowed: Tensor | None = None
+    causal: bool = False
+    live: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+    window: tuple[int, int] = (-1, -1)
+    blocks: Any = None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask | None = None) -> Tensor:
+    """Attention output [B, Sq, H, K]; without a mask every query sees every key (shapes: see the module's docstring)."""
+    mask = LoweredMask() if mask is None else mask
+    out = BACKENDS[mask.backend](q, k, v, mask)
+    return out if mask.live is None else torch.where(mask.live, out, 0)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
+    if mask.causal:
         raise UserError("the reference attention takes a dense mask: lower the mask for backend 'reference'.")
-    batch, heads, length, width = q.shape
-    q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, Sq, K]: grouped, so that k and v are not repeated
-    scores = torch.einsum("bhgqk,bhsk->bhgqs", q, k).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(width)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed.unsqueeze(1), float("-inf"))
+    q = q.unflatten(2, (k.shape[2], -1))  # [B, Sq, Hkv, G, K]: grouped, so that k and v are not repeated
+    scores = torch.einsum("bqhgk,bshk->bhgqs", q, k).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    if mask.allowed is not None:
+        scores = scores.masked_fill(~mask.allowed.unsqueeze(1), float("-inf"))
     weights = scores.softmax(-1).to(v.dtype)
-    return torch.einsum("bhgqs,bhsk->bhgqk", weights, v).reshape(batch, heads, length, width)
+    return torch.einsum("bhgqs,bshk->bqhgk", weights, v).flatten(2, 3)
 
 
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention``, which picks a fused kernel where there is one."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, is_causal=mask.causal, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
-BACKENDS = {"reference": attention_reference, "sdpa": attention_sdpa}
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    statistics = torch.is_grad_enabled()  # the logarithm of the sum, which the backward pass needs
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, statistics, 0.0, mask.causal)
+    return out[0].transpose(1, 2)
 
 
-def resolve_attention(backend: str) -> str:
-    """The name of the backend that ``backend`` ("auto" or a name) stands for."""
-    if backend == "auto":
-        return "sdpa"
-    if backend not in BACKENDS:
-        raise UserError(f"no attention backend '{backend}'. {did_you_mean(backend, ['auto', *BACKENDS])}")
-    return backend
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=mask.causal, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False, *, backend: str = "sdpa"
-) -> Tensor:
-    """Attention output [B, H, Sq, K] by the named backend (see the module's docstring for shapes)."""
-    return BACKENDS[backend](q, k, v, allowed, causal)
+def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    borders, longest = mask.cu_seqlens, mask.max_seqlen
+    assert borders is not None
+    grouped: Any = {"enable_gqa": True} if _VARLEN_NAMES_GQA else {}
+    q2, k2, v2 = (x.flatten(0, 1) for x in (q, k, v))
+    out: Any = varlen_attn(q2, k2, v2, borders, borders, longest, longest, window_size=mask.window, **grouped)
+    return out.view(q.shape)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
+    run = _compiled_flex() if q.is_cuda else _plain_flex()
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return run(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
+    borders, longest = mask.cu_seqlens, mask.max_seqlen
+    causal = mask.window[1] == 0
+    if borders is None:
+        out = _flash_attn_package()[0](q, k, v, causal=mask.causal)
+    else:
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        out = _flash_attn_package()[1](*flat, borders, borders, longest, longest, causal=causal, window_size=mask.window)
+    out = out[0] if isinstance(out, tuple) else out
+    return out.view(q.shape)
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, LoweredMask], Tensor]] = {
+    "reference": _reference,
+    "sdpa": _sdpa,
+    "flash": _flash,
+    "cudnn": _cudnn,
+    "varlen": _varlen,
+    "flex": _flex,
+    "flash_attn": _flash_attn,
+}
+#: take fp16 and bf16 on CUDA alone
+FUSED = ("flash", "cudnn", "varlen", "flash_attn")
+#: take document borders
+BORDERS = ("varlen", "flash_attn")
+
+
+def check_backend(name: str) -> str:
+    """``name`` if it is "auto" or a backend that this installation has."""
+    if name != "auto" and name not in BACKENDS:
+        raise UserError(f"no attention backend '{name}'. {did_you_mean(name, ['auto', *BACKENDS])}")
+    if name == "flash_attn" and not any(importlib.util.find_spec(package) for package in _FLASH_ATTN):
+        raise UserError("attention backend flash_attn: the package is not installed (pip install flash-attn). 'auto' needs none.")
+    return name
+
+
+@functools.cache
+def cudnn_takes(head_dim: int, device: torch.device) -> bool:
+    """Whether cuDNN's fused attention is there and fast: Hopper or newer, head widths up to 128 in steps of 8."""
+    if device.type != "cuda" or not torch.backends.cudnn.is_available() or not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
+    return head_dim % 8 == 0 and head_dim <= 128 and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+_FLASH_ATTN = ("flash_attn_interface", "flash_attn")
+
+
+@functools.cache
+def _flash_attn_package() -> tuple[Any, Any]:
+    """FlashAttention-3's functions (dense, varlen) if it is installed, else FlashAttention-2's."""
+    for package in _FLASH_ATTN:
+        if importlib.util.find_spec(package):
+            module = importlib.import_module(package)
+            return module.flash_attn_func, module.flash_attn_varlen_func
+    raise UserError("attention backend flash_attn: the package is not installed.")
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    # uncompiled, it would hold all scores
+    return torch.compile(_plain_flex(), dynamic=False)
+
+
+def _plain_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention
+
+
+def _varlen_names_gqa() -> bool:
+    """torch 2.11 groups heads without being told; later it must be told."""
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+_VARLEN_NAMES_GQA = _varlen_names_gqa()

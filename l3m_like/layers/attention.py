@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal, Ones, XavierUniform, Zeros
-from l3m_like.kernels.attention import attention, resolve_attention
+from l3m_like.kernels.attention import LoweredMask, attention, check_backend
 from l3m_like.layers.cache import LayerCache
-from l3m_like.layers.masks import LoweredMask
+from l3m_like.layers.linear import joint_linear
 from l3m_like.layers.norm import RMSNorm
 from l3m_like.layers.rope import apply_rope
 
@@ -28,7 +28,8 @@ class Attention(nn.Module):
         bias: of the query, key and value projections.
         out_bias: of the output projection (None: as ``bias``; Qwen2 has the first and not the second).
         norm_eps: of the QK-norm.
-        backend: "auto", "sdpa" or "reference" (see ``kernels/attention.py``).
+        window: sliding window: a query sees this many last keys, its own included (of a full mask: keys nearer than this).
+        backend: "auto", which takes the fastest that is exact for the mask, or one of ``kernels/attention.py``.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Attention(nn.Module):
         bias: bool = False,
         out_bias: bool | None = None,
         norm_eps: float = 1e-6,
+        window: int | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -54,7 +56,10 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = dim // num_heads if head_dim is None else head_dim
-        self.backend = resolve_attention(backend)
+        self.backend = check_backend(backend)
+        if window is not None and window < 1:
+            raise UserError(f"Attention: window is {window}; it is a number of keys, at least 1 (null: all).")
+        self.window = window
         #: of the four projections; a DiT layer sets Xavier here
         self.weight_init: Init = Normal(0.02)
         width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
@@ -72,23 +77,18 @@ class Attention(nn.Module):
         mask: LoweredMask | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """x [B, S, D]; rope (cos, sin) each [B or 1, S, K]; mask lowered for ``self.backend`` (None: full); with a cache,
-        the mask covers all keys in it."""
+        """x [B, S, D]; rope (cos, sin) each [B or 1, S, K]; mask lowered for this layer (None: full, without a window); with a
+        cache, the mask covers all keys in it."""
         x = x.to(self.q_proj.weight.dtype)
         # -1, not num_heads: under tensor parallelism a projection returns this rank's heads
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in joint_linear(x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or Hkv, S, K]
         if cache is not None:
             k, v = cache.append(k, v)
-        mask = LoweredMask() if mask is None else mask
-        out = attention(q, k, v, mask.allowed, mask.causal, backend=self.backend)
-        if mask.live is not None:
-            out = torch.where(mask.live, out, 0)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return self.out_proj(attention(q, k, v, mask).flatten(2))
 
     def make_cache(self, max_len: int, dtype: torch.dtype | None = None) -> LayerCache:
         """An empty cache for ``max_len`` tokens per row; ``dtype`` None: that of the keys."""

@@ -9,7 +9,7 @@ from l3m_like.core.errors import UserError
 
 
 class LayerCache:
-    """Keys and values of one attention layer: ``k``, ``v`` [B, Hkv, max_len, K], made at the first write (so that they have
+    """Keys and values of one attention layer: ``k``, ``v`` [B, max_len, Hkv, K], made at the first write (so that they have
     this rank's heads under tensor parallelism)."""
 
     def __init__(self, max_len: int, dtype: torch.dtype | None) -> None:
@@ -20,19 +20,19 @@ class LayerCache:
         self.v: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``k``, ``v`` [B, Hkv, S, K] behind what is there; returns all of it, [B, Hkv, length, K]."""
+        """Write ``k``, ``v`` [B, S, Hkv, K] behind what is there; returns all of it, [B, length, Hkv, K]."""
         if torch.is_grad_enabled() and k.requires_grad:
             raise UserError("a key/value cache holds no gradient: generate under torch.no_grad().")
-        start, end = self.length, self.length + k.shape[2]
+        start, end = self.length, self.length + k.shape[1]
         if self.k is None or self.v is None:
-            shape = (*k.shape[:2], self.max_len, k.shape[3])
+            shape = (k.shape[0], self.max_len, *k.shape[2:])
             self.k = torch.zeros(shape, dtype=self.dtype or k.dtype, device=k.device)
             self.v = torch.zeros_like(self.k)
         with torch.no_grad():
-            self.k[:, :, start:end] = k
-            self.v[:, :, start:end] = v
+            self.k[:, start:end] = k
+            self.v[:, start:end] = v
         self.length = end
-        return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype)
+        return self.k[:, :end].to(k.dtype), self.v[:, :end].to(v.dtype)
 
 
 class StaticCache:

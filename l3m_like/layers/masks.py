@@ -1,34 +1,39 @@
-"""Attention masks: a description, and its lowering to what a backend wants.
+"""Attention masks: a description, the choice of a backend that is exact for it, and its lowering to that backend's form.
 
-The *kind* is static layer config, the tensors are keys of the data. A trunk lowers the mask once per forward. Masks are bool,
-True = may attend.
+The *kind* and the window are static layer config, the tensors are keys of the data. A trunk lowers the mask once per forward
+and distinct (backend, window) of its layers. Masks are bool, True = may attend.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.kernels.attention import BORDERS, FUSED, LoweredMask, cudnn_takes
 
 KINDS = ("full", "causal", "prefix")
 
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Who may attend to whom.
+    """Who may attend to whom; every condition that is given must hold.
 
     Args:
         kind: "full"; "causal" (keys up to the query's place); "prefix" (causal, and the first ``prefix_lengths`` places of
             a row see each other).
         document_ids: int [B, Sq], the document of every query; only keys of the same document are seen. Negative = padding:
-            attends to nothing and is seen by nothing.
+            attends to nothing and is seen by nothing (what a backend writes there is unspecified, and finite).
         kv_document_ids: int [B, Skv] (None: ``document_ids``).
         prefix_lengths: int [B], for kind "prefix".
         query_start: place of the first query in the row of keys (tokens already in a key/value cache).
+        cu_seqlens: int32 [N + 1], the borders of the same documents over B*S, padding between borders of its own; what the
+            backends for packed rows want.
+        window: a query sees keys less than this many places away (causal: the last ``window`` keys, its own included).
     """
 
     kind: str = "full"
@@ -36,6 +41,8 @@ class AttentionMask:
     kv_document_ids: Tensor | None = None
     prefix_lengths: Tensor | None = None
     query_start: int = 0
+    cu_seqlens: Tensor | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -44,18 +51,8 @@ class AttentionMask:
                 f"mask '{self.kind}' with{'out' if self.prefix_lengths is None else ''} prefix_lengths: "
                 "give prefix_lengths [B] for the kind 'prefix', and only for it."
             )
-
-
-class LoweredMask(NamedTuple):
-    """What an attention backend gets.
-
-    ``allowed``: bool [B or 1, 1, Sq, Skv] or None (all); ``causal``: the backend's own causal rule; ``live``: bool
-    [B, 1, Sq, 1], False for queries that attend to nothing (their output is set to zero), or None if there are none.
-    """
-
-    allowed: Tensor | None = None
-    causal: bool = False
-    live: Tensor | None = None
+        if self.window is not None and self.window < 1:
+            raise UserError(f"mask: the window is {self.window}; it is a number of keys, at least 1.")
 
 
 def check_kind(kind: str) -> None:
@@ -63,17 +60,67 @@ def check_kind(kind: str) -> None:
         raise UserError(f"no attention mask '{kind}'. {did_you_mean(kind, KINDS)}")
 
 
-def lower(mask: AttentionMask, backend: str, query_length: int, kv_length: int, device: torch.device) -> LoweredMask:
-    """Lower ``mask`` for ``backend`` ("reference": always dense; "sdpa": its own causal rule where that is enough)."""
-    if mask.document_ids is None and backend == "sdpa":
-        if mask.kind == "full" or (mask.kind == "causal" and query_length == 1 and mask.query_start + 1 == kv_length):
+def choose_backend(
+    asked: str, mask: AttentionMask, query_length: int, kv_length: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """The backend for ``mask``: the one that was asked for, or for "auto" the fastest that is exact.
+
+    Measured on Hopper (docs/benchmarks.md): cuDNN where no document or window is masked, else FlashAttention-2 over document
+    borders; FlexAttention where there are no borders, or a prefix. Elsewhere (CPU, fp32, a key/value cache) SDPA.
+
+    Raises:
+        UserError: the backend that was asked for cannot do this mask exactly, with what can.
+    """
+    square = mask.query_start == 0 and query_length == kv_length and mask.kv_document_ids is None
+    half = dtype in (torch.float16, torch.bfloat16)
+    plain = mask.kind != "prefix" and square and mask.window is None and mask.document_ids is None
+    bordered = mask.kind != "prefix" and square and (mask.document_ids is None or mask.cu_seqlens is not None)
+    if asked == "auto":
+        if device.type != "cuda" or not half or not square:
+            return "sdpa"
+        if plain:
+            exact = torch.are_deterministic_algorithms_enabled()  # cuDNN's backward pass is not
+            return "cudnn" if cudnn_takes(head_dim, device) and not exact else "flash"
+        return "varlen" if bordered else "flex"
+    problem = None
+    if asked == "flex" and device.type == "cpu" and torch.is_grad_enabled():
+        problem = "its backward pass needs CUDA"
+    elif asked in FUSED and not (half and device.type in ("cuda", "meta")):
+        problem = f"it takes fp16 and bf16 on CUDA, not {dtype} on {device.type}"
+    elif asked in FUSED and not square:
+        problem = "it takes no key/value cache"
+    elif asked in ("flash", "cudnn") and not plain:
+        problem = "it masks neither documents, windows nor prefixes"
+    elif asked in BORDERS and not bordered:
+        problem = "it masks documents by their borders (cu_seqlens), and no prefixes"
+    if problem:
+        raise UserError(f"attention backend {asked}: {problem}. Use 'auto', which picks one that is exact for the mask.")
+    return asked
+
+
+def lower(mask: AttentionMask, backend: str, batch: int, query_length: int, kv_length: int, device: torch.device) -> LoweredMask:
+    """Lower ``mask`` for ``backend`` (of ``choose_backend``; "sdpa" uses its own causal rule where that is enough)."""
+    if backend == "flex":
+        return LoweredMask(backend, blocks=_blocks(mask, batch, query_length, kv_length, device))
+    causal = mask.kind == "causal"
+    if backend in BORDERS:
+        borders = mask.cu_seqlens
+        if borders is None or mask.document_ids is None:  # one document per row
+            borders = torch.arange(0, batch * query_length + 1, query_length, dtype=torch.int32, device=device)
+        # FlashAttention counts the keys beside the query's own
+        left = -1 if mask.window is None else mask.window - 1
+        return LoweredMask(backend, cu_seqlens=borders, max_seqlen=query_length, window=(left, 0 if causal else left))
+    if backend in ("flash", "cudnn"):
+        return LoweredMask(backend, causal=causal)
+    if backend == "sdpa" and mask.document_ids is None and (mask.window is None or mask.window >= kv_length):
+        if mask.kind == "full" or (causal and query_length == 1 and mask.query_start + 1 == kv_length):
             return LoweredMask()
-        if mask.kind == "causal" and mask.query_start == 0 and query_length == kv_length:
+        if causal and mask.query_start == 0 and query_length == kv_length:
             return LoweredMask(causal=True)
-    return _dense(mask, query_length, kv_length, device)
+    return _dense(mask, backend, query_length, kv_length, device)
 
 
-def _dense(mask: AttentionMask, query_length: int, kv_length: int, device: torch.device) -> LoweredMask:
+def _dense(mask: AttentionMask, backend: str, query_length: int, kv_length: int, device: torch.device) -> LoweredMask:
     query = torch.arange(mask.query_start, mask.query_start + query_length, device=device).view(1, 1, -1, 1)
     key = torch.arange(kv_length, device=device).view(1, 1, 1, -1)
     allowed = torch.ones(1, 1, query_length, kv_length, dtype=torch.bool, device=device)
@@ -82,30 +129,84 @@ def _dense(mask: AttentionMask, query_length: int, kv_length: int, device: torch
     if mask.prefix_lengths is not None:
         length = mask.prefix_lengths.view(-1, 1, 1, 1)
         allowed = allowed | ((query < length) & (key < length))
+    if mask.window is not None:
+        allowed = allowed & ((query - key).abs() < mask.window)
     if mask.document_ids is None:
-        return LoweredMask(allowed)
+        return LoweredMask(backend, allowed)
     query_document = mask.document_ids[:, None, :, None]
     kv_ids = mask.document_ids if mask.kv_document_ids is None else mask.kv_document_ids
     allowed = allowed & (query_document == kv_ids[:, None, None, :]) & (query_document >= 0)
     # softmax over nothing is NaN: a query without a key sees every key, and its output is set to zero afterwards
     live = allowed.any(-1, keepdim=True)
-    return LoweredMask(allowed | ~live, live=live)
+    return LoweredMask(backend, allowed | ~live, live=live.transpose(1, 2))
+
+
+def _blocks(mask: AttentionMask, batch: int, query_length: int, kv_length: int, device: torch.device) -> Any:
+    """The same rules as ``_dense``, pair by pair, as a BlockMask of FlexAttention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ids, prefix, window = mask.document_ids, mask.prefix_lengths, mask.window
+    kv_ids = ids if mask.kv_document_ids is None else mask.kv_document_ids
+
+    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        place = query + mask.query_start
+        seen = place >= 0 if mask.kind == "full" else key <= place
+        if prefix is not None:
+            seen = seen | ((place < prefix[row]) & (key < prefix[row]))
+        if window is not None:
+            seen = seen & ((place - key).abs() < window)
+        if ids is not None and kv_ids is not None:
+            seen = seen & (ids[row, query] == kv_ids[row, key]) & (ids[row, query] >= 0)
+        return seen
+
+    rows = batch if ids is not None or prefix is not None else None
+    return create_block_mask(allowed, rows, None, query_length, kv_length, device=device)
+
+
+class LayerMasks:
+    """One mask, lowered once for each way in which the layers of a trunk want it: by their backend, window and head width."""
+
+    def __init__(self, mask: AttentionMask, query_length: int, kv_length: int, tokens: Tensor) -> None:
+        self.mask, self.query_length, self.kv_length, self.tokens = mask, query_length, kv_length, tokens
+        self._made: dict[Any, LoweredMask] = {}
+
+    def of(self, layer: Any) -> Any:
+        """The mask for ``layer``'s mixer; as it is for one without attention."""
+        asked = getattr(layer.mixer, "backend", None)
+        if asked is None:
+            return self.mask
+        key = (asked, layer.mixer.window, layer.mixer.head_dim)
+        if key not in self._made:
+            mask = dataclasses.replace(self.mask, window=layer.mixer.window)
+            lengths, device = (self.query_length, self.kv_length), self.tokens.device
+            backend = choose_backend(asked, mask, *lengths, layer.mixer.head_dim, self.tokens.dtype, device)
+            self._made[key] = lower(mask, backend, self.tokens.shape[0], *lengths, device)
+        return self._made[key]
 
 
 def attended_pairs(mask: AttentionMask, batch: int, query_length: int, kv_length: int) -> int:
     """Pairs (query, key) that attention needs, for FLOP counts: by real document lengths if ``document_ids`` is a real CPU
-    tensor, else as if each row were one document (causal: half of the square)."""
+    tensor, else as if each row were one document (causal: half of the square). A prefix is counted as causal."""
     ids = mask.document_ids
     if ids is None or ids.device.type != "cpu" or mask.kv_document_ids is not None:
-        square = batch * query_length * kv_length
+        window = min(mask.window or kv_length, kv_length)
         if mask.kind == "full":
-            return square
+            return batch * _within(query_length, window) if query_length == kv_length else batch * query_length * kv_length
         # every query sees the places before its own block in full, and half of its own block
-        return batch * query_length * (kv_length - query_length) + batch * query_length * query_length // 2
+        pairs = query_length * (kv_length - query_length) + query_length * query_length // 2
+        return batch * min(pairs, query_length * window - (window * window // 2 if query_length == kv_length else 0))
     lengths = document_lengths(ids)
+    window = mask.window or query_length
     if mask.kind == "full":
-        return int((lengths * lengths).sum())
-    return int((lengths * (lengths + 1) // 2).sum())
+        return sum(_within(int(n), window) for n in lengths)
+    near = lengths.clamp(max=window)
+    return int((near * (near + 1) // 2 + (lengths - near) * window).sum())
+
+
+def _within(length: int, window: int) -> int:
+    """Pairs of places of a row that are less than ``window`` apart."""
+    near = min(length, window)
+    return length * (2 * near - 1) - near * (near - 1)
 
 
 def document_lengths(document_ids: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from l3m_like.core.init import Init, Ones, XavierUniform
+from l3m_like.kernels.attention import LoweredMask
 from l3m_like.layers.cache import LayerCache
-from l3m_like.layers.masks import LoweredMask
 from l3m_like.layers.modulation import Modulation, modulate
 from l3m_like.layers.norm import LayerNorm, RMSNorm
 
@@ -78,10 +78,10 @@ class DiTLayer(nn.Module):
             if hasattr(part, "weight_init"):
                 part.weight_init = XavierUniform()
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x [B, S, D], condition [B, D] -> [B, S, D]."""
+    def forward(self, x: Tensor, condition: Tensor, mask: LoweredMask | None = None) -> Tensor:
+        """x [B, S, D], condition [B, D], mask as ``Attention.forward`` takes it -> [B, S, D]."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)
-        x = x + gate_1 * self.mixer(modulate(self.norm_1(x), shift_1, scale_1))
+        x = x + gate_1 * self.mixer(modulate(self.norm_1(x), shift_1, scale_1), mask=mask)
         return x + gate_2 * self.mlp(modulate(self.norm_2(x), shift_2, scale_2))
 
     def flops(self, rows: int, tokens: int, pairs: int) -> int:

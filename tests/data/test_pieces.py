@@ -14,7 +14,10 @@ import torch
 from PIL import Image
 
 from l3m_like.core.errors import UserError
+from l3m_like.core.keys import KeySpec
 from l3m_like.data import ClassImage, ConcatPack, DataMissing, Dataset, JsonLines, Loader, Stack, Tokenize, Visit, WebDataset
+from l3m_like.data.dataset import Item
+from l3m_like.data.packing import FitPack, Piece
 from l3m_like.data.paths import expand_braces, resolve
 
 VISIT = Visit("x#1", 0, 0)
@@ -221,3 +224,16 @@ def test_check_finds_a_false_declaration() -> None:
 
     with pytest.raises(UserError, match="'image_label' is .*float64.*int64.*is declared"):
         Dataset(WebDataset("shipped:fashion_mnist.tar.gz"), Lies(28, 1), Stack()).check()
+
+
+def test_documents_that_are_not_kept_apart() -> None:
+    """``separate: false``: no key says where documents begin, positions run over the row; ids and targets are the same."""
+    apart, together = (FitPack(8, buffer=4, separate=separate) for separate in (True, False))
+    item = Item("s#0", {"ids": np.arange(3)})
+    rows = [[Piece(item, 0, 3), Piece(item, 0, 3)], [Piece(item, 0, 2)], []]
+    one, other = apart.collate(rows), together.collate(rows)
+    assert sorted(other) == ["text_ids", "text_positions", "text_targets"] == sorted(together.keys({"ids": KeySpec(torch.int64, ("n",), 0, "")}))
+    assert torch.equal(one["text_ids"], other["text_ids"]) and torch.equal(one["text_targets"], other["text_targets"])
+    assert one["text_positions"][0].tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
+    assert other["text_positions"][0].tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
+    assert apart.units(one) == together.units(other) == 8

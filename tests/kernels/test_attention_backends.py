@@ -1,37 +1,135 @@
-"""Backends of attention agree, in values and gradients."""
+"""Backends of attention agree, in values and gradients; the choice of one is exact for the mask, or an error."""
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
+from torch import Tensor
 
 from l3m_like.core.errors import UserError
-from l3m_like.kernels.attention import attention, resolve_attention
-from l3m_like.layers import AttentionMask, lower
+from l3m_like.kernels import attention as kernel
+from l3m_like.kernels.attention import LoweredMask, attention, check_backend
+from l3m_like.layers import AttentionMask, choose_backend, lower
+
+CPU = torch.device("cpu")
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [2, 2, 3, 3, 3, 3, 3]], dtype=torch.int32)
+BORDERS = torch.tensor([0, 3, 6, 7, 9, 14, 14, 14], dtype=torch.int32)
+MASKS = {
+    "full": AttentionMask("full"),
+    "causal": AttentionMask("causal"),
+    "prefix": AttentionMask("prefix", prefix_lengths=torch.tensor([3, 5])),
+    "window": AttentionMask("causal", window=3),
+    "full window": AttentionMask("full", window=2),
+    "documents": AttentionMask("causal", DOCUMENTS, cu_seqlens=BORDERS),
+    "full documents": AttentionMask("full", DOCUMENTS, cu_seqlens=BORDERS),
+    "windows in documents": AttentionMask("causal", DOCUMENTS, cu_seqlens=BORDERS, window=2),
+    "prefix in documents": AttentionMask("prefix", DOCUMENTS, prefix_lengths=torch.tensor([5, 1])),
+}
+
+
+def inputs(kv_heads: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    heads = (4, kv_heads, kv_heads)
+    return [torch.randn(2, 7, h, 8, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for h in heads]
+
+
+def results(mask: AttentionMask, backend: str, qkv: list[Tensor]) -> list[Tensor]:
+    """Output and gradients where somebody attends."""
+    out = attention(*qkv, lower(mask, backend, 2, 7, 7, CPU))
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).to(out.dtype).view_as(out)
+    if mask.document_ids is not None:
+        live = (mask.document_ids >= 0)[..., None, None]
+        weight, out = weight * live, out * live
+    return [out, *(torch.autograd.grad((out * weight).sum(), qkv) if out.requires_grad else ())]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("kind", ["full", "causal", "prefix", "documents"])
-def test_sdpa_equals_reference(kind: str, kv_heads: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(2, heads, 7, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-        for heads in (4, kv_heads, kv_heads)
-    )
-    ids = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [2, 2, 3, 3, 3, 3, 3]]) if kind == "documents" else None
-    prefix = torch.tensor([3, 5]) if kind == "prefix" else None
-    mask = AttentionMask("causal" if kind == "documents" else kind, ids, prefix_lengths=prefix)
-    results = []
-    for backend in ("reference", "sdpa"):
-        lowered = lower(mask, backend, 7, 7, q.device)
-        out = attention(q, k, v, lowered.allowed, lowered.causal, backend=backend)
-        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
-        results.append((out, *torch.autograd.grad((out * weight).sum(), (q, k, v))))
-    for a, b in zip(*results, strict=True):
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("kind", list(MASKS))
+def test_equals_reference(kind: str, backend: str, kv_heads: int) -> None:
+    qkv = inputs(kv_heads)
+    if backend == "flex":  # its backward pass needs a GPU: tests/gpu/test_attention.py
+        qkv = [x.detach() for x in qkv]
+    for a, b in zip(results(MASKS[kind], backend, qkv), results(MASKS[kind], "reference", qkv), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-def test_names() -> None:
-    assert resolve_attention("auto") == "sdpa" and resolve_attention("reference") == "reference"
+@pytest.mark.parametrize("kind", [kind for kind in MASKS if "prefix" not in kind])
+def test_borders_and_window_as_flash_attention_takes_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a plain function with flash-attn's arguments, in its place."""
+
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal, window_size):  # type: ignore[no-untyped-def]
+        left, right = window_size
+        assert causal == (right == 0) and max_q == max_k == 7 and torch.equal(cu_q, cu_k)
+        outs = []
+        for start, stop in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
+            assert 0 <= stop - start <= max_q
+            place = torch.arange(stop - start)
+            ahead = place[None, :] - place[:, None]
+            allowed = ((ahead <= right) | (right < 0)) & ((-ahead <= left) | (left < 0))
+            one = (x[None, start:stop] for x in (q, k, v))
+            outs.append(attention(*one, LoweredMask("reference", allowed[None, None]))[0])
+        return torch.cat(outs)
+
+    package = ModuleType("flash_attn")
+    package.flash_attn_varlen_func, package.flash_attn_func = varlen, None  # type: ignore[attr-defined]
+    monkeypatch.setattr(kernel, "_FLASH_ATTN", ("flash_attn",))
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: name == "flash_attn")
+    kernel._flash_attn_package.cache_clear()
+    qkv = inputs(2)
+    for a, b in zip(results(MASKS[kind], "flash_attn", qkv), results(MASKS[kind], "reference", qkv), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    kernel._flash_attn_package.cache_clear()
+
+
+def choice(mask: AttentionMask, dtype: torch.dtype = torch.bfloat16, asked: str = "auto", device: str = "cuda") -> str:
+    return choose_backend(asked, mask, 7, 7, 128, dtype, torch.device(device))
+
+
+def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l3m_like.layers.masks.cudnn_takes", lambda head_dim, device: head_dim <= 128)
+    expected = {"full": "cudnn", "causal": "cudnn", "prefix": "flex", "prefix in documents": "flex"}
+    for name, mask in MASKS.items():
+        assert choice(mask) == expected.get(name, "varlen")
+        assert choice(mask, torch.float32) == choice(mask, device="cpu") == "sdpa"
+    assert choice(AttentionMask("causal", DOCUMENTS)) == "flex"  # documents without borders
+    assert choose_backend("auto", MASKS["causal"], 7, 7, 256, torch.float16, torch.device("cuda")) == "flash"
+    cached = AttentionMask("causal", query_start=3)
+    assert choose_backend("auto", cached, 4, 7, 64, torch.bfloat16, torch.device("cuda")) == "sdpa"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choice(MASKS["causal"]) == "flash"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "mask", "problem"),
+    [
+        ("cudnn", "documents", "masks neither documents"),
+        ("flash", "window", "masks neither documents, windows"),
+        ("varlen", "prefix", "no prefixes"),
+        ("varlen", "prefix in documents", "by their borders"),
+    ],
+)
+def test_a_mask_is_never_dropped(asked: str, mask: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        choice(MASKS[mask], asked=asked)
+
+
+def test_names_and_devices() -> None:
+    assert check_backend("auto") == "auto" and check_backend("reference") == "reference"
     with pytest.raises(UserError, match="Did you mean 'reference'"):
-        resolve_attention("referense")
+        check_backend("referense")
+    with pytest.raises(UserError, match="not installed"):
+        check_backend("flash_attn")
+    with pytest.raises(UserError, match="fp16 and bf16 on CUDA, not torch.bfloat16 on cpu"):
+        choice(MASKS["causal"], asked="cudnn", device="cpu")
+    with pytest.raises(UserError, match="backward pass needs CUDA"):
+        choice(MASKS["prefix"], asked="flex", device="cpu")
+    with pytest.raises(UserError, match="key/value cache"):
+        choose_backend("varlen", AttentionMask("causal", query_start=3), 4, 7, 64, torch.bfloat16, torch.device("cuda"))

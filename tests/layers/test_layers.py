@@ -90,7 +90,7 @@ def test_rope_errors() -> None:
 def test_attention_against_its_definition(kv_heads: int, backend: str) -> None:
     layer = Attention(24, num_heads=4, num_kv_heads=kv_heads, head_dim=8, bias=True, backend=backend).double()
     x, ids = randn(2, 5, 24), torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, -1, -1]])
-    out = layer(x, mask=lower(AttentionMask("causal", ids), backend, 5, 5, x.device))
+    out = layer(x, mask=lower(AttentionMask("causal", ids), backend, 2, 5, 5, x.device))
     expected = torch.zeros(2, 5, 32, dtype=torch.float64)
     q, k, v = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
     for b in range(2):
@@ -110,7 +110,7 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients(backend: str, dtype:
     layer = Attention(16, num_heads=2, backend=backend).to(dtype)
     x = randn(2, 4, 16, dtype=dtype).requires_grad_()
     ids = torch.tensor([[-1, -1, 0, 0], [-1, -1, -1, -1]])
-    out = layer(x, mask=lower(AttentionMask("causal", ids), backend, 4, 4, x.device))
+    out = layer(x, mask=lower(AttentionMask("causal", ids), backend, 1, 4, 4, x.device))
     out.square().sum().backward()
     dead = ids < 0
     assert (out[dead] == 0).all() and (x.grad[dead] == 0).all() and (x.grad[~dead] != 0).any()

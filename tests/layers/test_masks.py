@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from l3m_like.core.errors import UserError
+from l3m_like.kernels.attention import LoweredMask
 from l3m_like.layers import AttentionMask, attended_pairs, lower
 
 CPU = torch.device("cpu")
@@ -21,6 +22,8 @@ def by_definition(mask: AttentionMask, batch: int, queries: int, keys: int) -> t
                 allowed = mask.kind == "full" or k <= place
                 if mask.prefix_lengths is not None:
                     allowed |= max(place, k) < int(mask.prefix_lengths[b])
+                if mask.window is not None:
+                    allowed &= abs(place - k) < mask.window
                 if mask.document_ids is not None:
                     kv = mask.document_ids if mask.kv_document_ids is None else mask.kv_document_ids
                     allowed &= bool(mask.document_ids[b, q] == kv[b, k]) and bool(mask.document_ids[b, q] >= 0)
@@ -30,12 +33,13 @@ def by_definition(mask: AttentionMask, batch: int, queries: int, keys: int) -> t
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("ids", [None, IDS], ids=["rows", "documents"])
+@pytest.mark.parametrize("window", [None, 2, 9])
 @pytest.mark.parametrize("kind", ["full", "causal", "prefix"])
-def test_lowering(kind: str, ids, backend: str) -> None:
+def test_lowering(kind: str, window: int | None, ids, backend: str) -> None:
     prefix = torch.tensor([2, 4]) if kind == "prefix" else None
-    mask = AttentionMask(kind, ids, prefix_lengths=prefix)
+    mask = AttentionMask(kind, ids, prefix_lengths=prefix, window=window)
     expected = by_definition(mask, 2, 6, 6)
-    lowered = lower(mask, backend, 6, 6, CPU)
+    lowered = lower(mask, backend, 2, 6, 6, CPU)
     live = expected.any(-1)
     if lowered.causal:
         assert (
@@ -50,23 +54,27 @@ def test_lowering(kind: str, ids, backend: str) -> None:
     seen = lowered.allowed[:, 0].expand(2, 6, 6)
     assert torch.equal(seen[live], expected[live])
     assert seen.any(-1).all()  # no row without a key reaches a backend
-    assert lowered.live is None if ids is None else torch.equal(lowered.live[:, 0, :, 0], live)
+    assert lowered.live is None if ids is None else torch.equal(lowered.live[..., 0, 0], live)
 
 
 def test_queries_behind_a_cache() -> None:
     for ids in (None, IDS):
         mask = AttentionMask("causal", None if ids is None else ids[:, 4:], ids, query_start=4)
         expected = by_definition(mask, 2, 2, 6)
-        lowered = lower(mask, "sdpa", 2, 6, CPU)
+        lowered = lower(mask, "sdpa", 2, 2, 6, CPU)
         live = expected.any(-1)
         assert torch.equal(lowered.allowed[:, 0].expand(2, 2, 6)[live], expected[live])
-    assert lower(AttentionMask("causal", query_start=5), "sdpa", 1, 6, CPU) == (None, False, None)
+    assert lower(AttentionMask("causal", query_start=5), "sdpa", 2, 1, 6, CPU) == LoweredMask()
 
 
 def test_attended_pairs() -> None:
     for kind in ("full", "causal"):
-        mask = AttentionMask(kind, IDS)
-        assert attended_pairs(mask, 2, 6, 6) == by_definition(mask, 2, 6, 6).sum()
+        for window in (None, 1, 2, 3, 6, 9):
+            mask = AttentionMask(kind, IDS, window=window)
+            assert attended_pairs(mask, 2, 6, 6) == by_definition(mask, 2, 6, 6).sum()
+            if kind == "full" and window:
+                mask = AttentionMask(kind, window=window)
+                assert attended_pairs(mask, 2, 6, 6) == by_definition(mask, 2, 6, 6).sum()
         assert attended_pairs(AttentionMask(kind, IDS.to("meta")), 2, 6, 6) == (72 if kind == "full" else 36)
     assert attended_pairs(AttentionMask("causal", query_start=4), 2, 2, 6) == 2 * (2 * 4 + 2)
 
@@ -74,6 +82,8 @@ def test_attended_pairs() -> None:
 def test_errors() -> None:
     with pytest.raises(UserError, match="Did you mean 'causal'"):
         AttentionMask("casual")
+    with pytest.raises(UserError, match="window is 0"):
+        AttentionMask("causal", window=0)
     with pytest.raises(UserError, match="prefix_lengths"):
         AttentionMask("prefix")
     with pytest.raises(UserError, match="prefix_lengths"):

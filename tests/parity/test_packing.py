@@ -38,7 +38,13 @@ def row(docs: list[Tensor], length: int) -> dict[str, Tensor]:
 
 
 def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.stack([r[key] for r in rows]) for key in rows[0]}
+    data = {key: torch.stack([r[key] for r in rows]) for key in rows[0]}
+    ids = data["text_document_ids"].flatten()
+    starts = torch.arange(len(ids)) % data["text_ids"].shape[1] == 0
+    starts[1:] |= ids[1:] != ids[:-1]
+    borders = torch.full((len(rows) * 8 + 1,), len(ids), dtype=torch.int32)
+    borders[: int(starts.sum())] = starts.nonzero().flatten().int()
+    return data | {"text_cu_seqlens": borders}
 
 
 def run(model: MetaModel, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -84,7 +90,7 @@ def check_isolation(backend: str, kind: str, dtype: torch.dtype, device: str) ->
     for data in (first, changed):
         data = {key: value.to(device) for key, value in data.items()}
         tokens = (model.preprocessor.embed(data["text_ids"]) * 3).detach().requires_grad_()
-        hidden = model.trunk.compute(tokens, data["text_positions"], data["text_document_ids"])
+        hidden = model.trunk.compute(tokens, data["text_positions"], data["text_document_ids"], data["text_cu_seqlens"])
         hidden.square().sum().backward()
         results.append((hidden.detach().cpu(), tokens.grad.cpu()))  # type: ignore[union-attr]
     inside = first["text_document_ids"] == 1
@@ -106,6 +112,6 @@ def test_a_leak_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from l3m_like.blocks.trunks.transformer import Transformer
 
     compute = Transformer.compute
-    monkeypatch.setattr(Transformer, "compute", lambda self, tokens, positions, document_ids: compute(self, tokens, positions))
+    monkeypatch.setattr(Transformer, "compute", lambda self, tokens, positions, *documents: compute(self, tokens, positions))
     with pytest.raises(AssertionError):
         check_isolation("sdpa", "causal", torch.float64, "cpu")

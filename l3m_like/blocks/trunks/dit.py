@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError
+from l3m_like.layers.masks import AttentionMask, LayerMasks
 
 
 class DiT(ReadWriteBlock):
@@ -33,8 +34,9 @@ class DiT(ReadWriteBlock):
         self.layers = nn.ModuleList(layer(dim) for _ in range(num_layers))
 
     def compute(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        masks = LayerMasks(AttentionMask(), tokens.shape[1], tokens.shape[1], tokens)
         for layer in self.layers:
-            tokens = layer(tokens, condition)
+            tokens = layer(tokens, condition, masks.of(layer))
         return tokens
 
     def shard_units(self) -> Iterable[nn.Module]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.layers.cache import StaticCache
-from l3m_like.layers.masks import AttentionMask, attended_pairs, check_kind, lower
+from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind
 from l3m_like.layers.rope import Rope
 
 Layer = Callable[[int], nn.Module]
@@ -21,7 +21,8 @@ class Transformer(ReadWriteBlock):
     """Transformer layers in series, without a final norm (heads own it).
 
     Reads   tokens [B, S, D]; positions [B, S] int64 (without: 0, 1, 2, ...); document_ids [B, S] int (-1 = padding; without:
-            one document per row); prefix_lengths [B] int64 (mask "prefix"); cache (generation only)
+            one document per row); cu_seqlens [N + 1] int32, the borders of the documents (without: attention over documents
+            takes a slower way); prefix_lengths [B] int64 (mask "prefix"); cache (generation only)
     Writes  hidden [B, S, D]
 
     Args:
@@ -56,8 +57,6 @@ class Transformer(ReadWriteBlock):
         self.layers = nn.ModuleList(make(dim) for make in _layer_makers(layer, num_layers, pattern))
         units: list[Any] = list(self.layers)
         mixers = [unit.mixer for unit in units]
-        #: per layer, what its mixer wants the mask lowered to (None: a mixer without attention)
-        self.backends: list[str | None] = [getattr(mixer, "backend", None) for mixer in mixers]
         for mixer in mixers:
             width = getattr(mixer, "head_dim", None)
             if rope is not None and width is not None and width != rope.head_dim:
@@ -70,6 +69,7 @@ class Transformer(ReadWriteBlock):
         tokens: Tensor,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
     ) -> Tensor:
@@ -81,11 +81,11 @@ class Transformer(ReadWriteBlock):
         if positions is None:
             positions = torch.arange(start, start + length, device=tokens.device)
         rope = self.rope(positions, tokens.dtype) if self.rope is not None else None
-        mask = AttentionMask(self.mask, document_ids, kv_ids, prefix_lengths, start)
-        lowered = {name: lower(mask, name, length, start + length, tokens.device) for name in set(self.backends) if name}
-        for index, (layer, backend) in enumerate(zip(self.layers, self.backends, strict=True)):
+        mask = AttentionMask(self.mask, document_ids, kv_ids, prefix_lengths, start, cu_seqlens)
+        masks = LayerMasks(mask, length, start + length, tokens)
+        for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
-            tokens = layer(tokens, rope, lowered[backend] if backend else mask, layer_cache)
+            tokens = layer(tokens, rope, masks.of(layer), layer_cache)
         if cache is not None:
             cache.length += length
         return tokens
@@ -105,16 +105,22 @@ class Transformer(ReadWriteBlock):
         tokens: Tensor,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
     ) -> int:
         batch, length = tokens.shape[:2]
         start = cache.length if cache is not None else 0
-        # a prefix is counted as causal: its extra pairs are not known without reading the lengths
+        # the extra pairs of a prefix are not known without reading the lengths
         kind = "full" if self.mask == "full" else "causal"
-        pairs = attended_pairs(AttentionMask(kind, document_ids if start == 0 else None), batch, length, start + length)
         units: list[Any] = list(self.layers)
-        return sum(unit.flops(batch * length, pairs) for unit in units)
+        pairs = {
+            window: attended_pairs(
+                AttentionMask(kind, document_ids if start == 0 else None, window=window), batch, length, start + length
+            )
+            for window in {getattr(unit.mixer, "window", None) for unit in units}
+        }
+        return sum(unit.flops(batch * length, pairs[getattr(unit.mixer, "window", None)]) for unit in units)
 
 
 def _layer_makers(layer: Layer | Mapping[str, Layer], num_layers: int, pattern: Sequence[str] | None) -> list[Layer]:
