@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.meta_model import Frozen, MetaModel, Tower
+from l3m_like.distributed.low_precision import LowPrecision
 from l3m_like.distributed.mesh import Mesh
 
 # blocks return new tensors and never write into one in place, so a root that returns views is safe
@@ -74,8 +75,10 @@ def parallelize(
     if precision == "fp64":
         part.double()
         part.retie()
-    if mesh.world_size > 1 or precision == "bf16":
+    if mesh.world_size > 1:
         apply_fsdp(part, units, mesh, precision, reshard_after_forward)
+    elif precision == "bf16":
+        LowPrecision(part, DTYPES[precision], leave=_own_dtype(part))
     return part
 
 
@@ -172,8 +175,7 @@ def apply_fsdp(part: MetaModel, units: list[nn.Module], mesh: Mesh, precision: s
         cast_forward_inputs=False,
     )
     nested = [m for m in part.modules() if isinstance(m, (Frozen, Tower)) and any(True for _ in m.parameters())]
-    # a frozen part with a dtype of its own computes in it
-    own = {id(inner) for m in nested if isinstance(m, Frozen) and m.dtype is not None for inner in m.modules()}
+    own = {id(module) for module in _own_dtype(part)}
     as_stored = MixedPrecisionPolicy(cast_forward_inputs=False)
     # units first, then what holds them, from the inside out
     for module in [*units, *(module.model for module in reversed(nested))]:
@@ -185,6 +187,11 @@ def apply_fsdp(part: MetaModel, units: list[nn.Module], mesh: Mesh, precision: s
             # the loss is already divided by global counts, so gradients are summed over the mesh, and nothing else
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _own_dtype(part: nn.Module) -> list[nn.Module]:
+    """All modules of frozen parts with a dtype of their own: they compute in it."""
+    return [inner for m in part.modules() if isinstance(m, Frozen) and m.dtype is not None for inner in m.modules()]
 
 
 def reshard(model: nn.Module) -> None:

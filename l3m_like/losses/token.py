@@ -12,13 +12,15 @@ from l3m_like.losses.loss import Loss
 class TokenNLL(Loss):
     """Mean negative log-likelihood of the targets, over all targets of the whole step.
 
-    Reads   nll [B, S] float; targets [B, S] int64, -100 = no target; optional only [B, S] bool: where it counts
+    Reads   nll [B, S] float, 0 where there is no target; targets [B, S] int64, -100 = no target; optional only [B, S] bool:
+            where it counts
     Counts  targets that are not -100 (and where it counts)
     """
 
     def compute(self, nll: Tensor, targets: Tensor, only: Tensor | None = None) -> Tensor:
         nll = nll.to(torch.promote_types(nll.dtype, torch.float32))
-        return torch.where(_counted(targets, only), nll, 0).sum()
+        # a plain sum: its gradient is one number for all tokens, which the linear cross-entropy makes use of
+        return nll.sum() if only is None else torch.where(_counted(targets, only), nll, 0).sum()
 
     def count(self, targets: Tensor, only: Tensor | None = None) -> Tensor:
         return _counted(targets, only).sum()

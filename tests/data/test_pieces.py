@@ -232,7 +232,11 @@ def test_documents_that_are_not_kept_apart() -> None:
     item = Item("s#0", {"ids": np.arange(3)})
     rows = [[Piece(item, 0, 3), Piece(item, 0, 3)], [Piece(item, 0, 2)], []]
     one, other = apart.collate(rows), together.collate(rows)
-    assert sorted(other) == ["text_ids", "text_positions", "text_targets"] == sorted(together.keys({"ids": KeySpec(torch.int64, ("n",), 0, "")}))
+    assert (
+        sorted(other)
+        == ["text_ids", "text_positions", "text_targets"]
+        == sorted(together.keys({"ids": KeySpec(torch.int64, ("n",), 0, "")}))
+    )
     assert torch.equal(one["text_ids"], other["text_ids"]) and torch.equal(one["text_targets"], other["text_targets"])
     assert one["text_positions"][0].tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
     assert other["text_positions"][0].tolist() == [0, 1, 2, 3, 4, 5, 0, 0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from l3m_like.core.errors import UserError
 from l3m_like.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 V, D = 23, 8
@@ -35,7 +37,7 @@ def test_equals_the_definition(targets: torch.Tensor, chunk: int | None) -> None
     expected = F.cross_entropy((hidden @ weight.T).mT, targets, reduction="none", ignore_index=-100)
     expected_grads = torch.autograd.grad((expected * scale).sum(), (hidden, weight))
     torch.testing.assert_close(nll, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(linear_cross_entropy_reference(hidden, weight, targets), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(linear_cross_entropy_reference(hidden, weight, targets)[0], expected, rtol=1e-12, atol=1e-12)
     for grad, other in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-12, atol=1e-12)
 
@@ -65,13 +67,76 @@ def test_bfloat16_weight_gradient_is_summed_in_float32() -> None:
     torch.testing.assert_close(weight.grad[1].float(), torch.full((D,), 4096 / V), rtol=0.01, atol=0)
 
 
-def test_only_one_chunk_of_logits_exists(monkeypatch) -> None:
-    sizes = []
-    true = torch.Tensor.logsumexp
-    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda self, dim: sizes.append(self.shape[0]) or true(self, dim))
-    targets = torch.zeros(1, 100, dtype=torch.int64)
-    linear_cross_entropy(*inputs(targets), targets, chunk_tokens=30)
-    assert sizes == [30, 30, 30, 10]
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("upstream", ["sum", "mean", "tokens", "normalizer", "both"])
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_every_gradient(upstream: str, softcap: float | None, chunk: int) -> None:
+    """One number for all tokens (computed in the forward pass), one for each, and the z-loss."""
+    targets = some_targets()
+    scale = torch.linspace(-1, 2, 18, dtype=torch.float64).view(2, 9)
+    results = []
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        hidden, weight = inputs(targets)
+        if function is linear_cross_entropy:
+            nll, norm = function(hidden, weight, targets, softcap=softcap, normalizer=True, chunk_tokens=chunk)
+        else:
+            nll, norm = function(hidden, weight, targets, softcap=softcap)
+        totals = {
+            "sum": nll.sum() * 0.3,
+            "mean": nll.mean(),
+            "tokens": (nll * scale).sum(),
+            "normalizer": (norm.square() * scale).sum(),
+            "both": nll.sum() + norm.square().sum(),
+        }
+        results.append((nll, norm, *torch.autograd.grad(totals[upstream], (hidden, weight))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def products(run) -> int:  # type: ignore[no-untyped-def]
+    """Matrix products that ``run`` computes."""
+
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.number += op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            return op(*args, **(kwargs or {}))
+
+    with Count() as count:
+        run()
+    return count.number
+
+
+def test_logits_are_computed_once_for_a_sum_and_twice_for_weights() -> None:
+    targets = some_targets()
+
+    def train(weights: torch.Tensor | None) -> None:
+        nll = linear_cross_entropy(*inputs(targets), targets)
+        (nll if weights is None else nll * weights).sum().backward()
+
+    assert products(lambda: train(None)) == 3
+    assert products(lambda: train(torch.ones(2, 9, dtype=torch.float64))) == 6
+
+
+def test_no_gradient_no_work_for_one() -> None:
+    targets = some_targets()
+    with torch.no_grad():
+        assert products(lambda: linear_cross_entropy(*inputs(targets), targets)) == 1
+
+
+def test_backward_twice() -> None:
+    targets = some_targets()
+    hidden, weight = inputs(targets)
+    total = linear_cross_entropy(hidden, weight, targets).sum()
+    first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(total, (hidden, weight)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_names() -> None:
+    with pytest.raises(UserError, match="Did you mean 'triton'"):
+        linear_cross_entropy(*inputs(some_targets()), some_targets(), backend="tritom")
 
 
 def test_runs_on_meta_and_saves_no_logits() -> None:

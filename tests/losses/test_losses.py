@@ -38,8 +38,10 @@ def test_token_nll_is_the_mean_over_all_targets_however_the_batch_is_split() -> 
         total = sum(loss.count_of(m) for m in micro)
         torch.testing.assert_close(sum(loss.term(m, float(total), None)[0] for m in micro) / total, expected)
     assert total.dtype == torch.int64 and total == 14
-    # what stands at an ignored target does not count
-    assert loss.compute(torch.full((1, 2), 3.0, dtype=torch.bfloat16), torch.tensor([[1, -100]])) == 3.0
+    assert loss.compute(torch.tensor([[3.0, 0.0]], dtype=torch.bfloat16), torch.tensor([[1, -100]])).dtype == torch.float32
+    # what stands elsewhere than at a source's targets does not count for it
+    only = torch.tensor([[True, True, False]])
+    assert loss.compute(torch.full((1, 3), 3.0), torch.tensor([[1, -100, 2]]), only) == 3.0
     assert loss.compute(torch.ones(1, 2, dtype=torch.float64), torch.zeros(1, 2)).dtype == torch.float64
 
 
@@ -75,7 +77,7 @@ def test_unmapped_count_ports_follow_the_stream() -> None:
     metric = loss.over("speech_from_web")
     assert metric is not None and metric.over("speech_from_code") is None  # one source, or all
     data = {
-        "speech_nll": torch.tensor([[1.0, 2.0, 4.0]]),
+        "speech_nll": torch.tensor([[1.0, 0.0, 4.0]]),
         "speech_targets": torch.tensor([[5, -100, 6]]),
         "speech_from_web": torch.tensor([[False, True, True]]),
     }

@@ -1,0 +1,67 @@
+"""Computing in bf16 with fp32 master weights, in one process: what FSDP's mixed precision does, without its copies.
+
+A module's registered parameters stay the fp32 masters: optimizers, averages and checkpoints see nothing else. Its attribute
+(``module.weight``), which is what a forward reads, is a bf16 copy: an entry of the instance's own dictionary, which Python looks
+up before it asks ``nn.Module`` for a parameter. The copies are made at the first forward and brought up to date, all in one
+call, at the first one after the masters have changed. A copy's gradient goes to its master in fp32, and is summed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LowPrecision:
+    """A forward pre-hook of ``root``, for all of its floating-point parameters but those of modules in ``leave``."""
+
+    def __init__(self, root: nn.Module, dtype: torch.dtype, leave: Iterable[nn.Module] = ()) -> None:
+        self.dtype = dtype
+        self.left = {id(module) for module in leave}
+        self.masters: list[nn.Parameter] = []
+        self.copies: list[nn.Parameter] = []
+        self.versions: list[int] = []
+        root.register_forward_pre_hook(self)
+
+    def __call__(self, root: nn.Module, args: Any) -> None:
+        if not self.copies:
+            self._make(root)
+        for master, copy in zip(self.masters, self.copies, strict=True):
+            copy.requires_grad_(master.requires_grad)
+        versions = [master._version for master in self.masters]
+        if versions != self.versions:
+            self.versions = versions
+            with torch.no_grad():
+                torch._foreach_copy_(self.copies, self.masters)
+
+    def _make(self, root: nn.Module) -> None:
+        copies: dict[int, nn.Parameter] = {}
+        for module in root.modules():
+            if id(module) in self.left:
+                continue
+            for name, master in module._parameters.items():
+                if master is None or not master.is_floating_point():
+                    continue
+                if id(master) not in copies:  # a tied parameter has one copy
+                    copy = nn.Parameter(torch.empty_like(master, dtype=self.dtype), requires_grad=master.requires_grad)
+                    if copy.requires_grad:
+                        copy.register_post_accumulate_grad_hook(_hand_over_to(master))
+                    copies[id(master)] = copy
+                    self.masters.append(master)
+                module.__dict__[name] = copies[id(master)]
+        self.copies = list(copies.values())
+
+
+def _hand_over_to(master: nn.Parameter) -> Callable[[Tensor], None]:
+    def hand_over(copy: Tensor) -> None:
+        assert copy.grad is not None
+        if master.grad is None:
+            master.grad = copy.grad.to(master.dtype)
+        else:
+            master.grad.add_(copy.grad)
+        copy.grad = None
+
+    return hand_over

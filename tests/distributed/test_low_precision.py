@@ -1,0 +1,104 @@
+"""bf16 in one process: the arithmetic of FSDP's mixed precision, with fp32 masters that everything else sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed import pool
+from tests.distributed.recorder import experiment
+
+
+def trained(name: str, fsdp: bool) -> tuple[list[Tensor], dict[str, Tensor], set[torch.dtype]]:
+    """Losses of three steps of two micro-batches, the last gradients, and the dtypes that parameters have."""
+    from l3m_like.distributed import parallelize as module
+    from l3m_like.distributed.mesh import build_mesh
+    from l3m_like.training.init import init_specs, initialize, materialize
+
+    mesh = build_mesh({})
+    cfg = experiment(name)
+    with torch.device("meta"):
+        part = cfg.instantiate("model")
+    specs = init_specs(part)
+    if fsdp:
+        units = [unit for _, block in part.blocks() for unit in block.shard_units()]
+        module.apply_fsdp(part, units, mesh, "bf16", True)
+    else:
+        module.parallelize(part, mesh, precision="bf16")
+    materialize(part, torch.device("cpu"))
+    initialize(part, 0, "", specs)
+    losses, gradients = [], {}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for last in (False, True):
+            if fsdp:
+                part.set_requires_gradient_sync(last)
+            ids = torch.randint(0, 257, (2, 16), generator=generator)
+            loss = part({"text_ids": ids, "text_targets": ids})["text_nll"].sum() / 64
+            loss.backward()
+            losses.append(loss.detach())
+        for key, parameter in part.named_parameters():
+            grad: Any = parameter.grad
+            gradients[key] = grad.full_tensor() if fsdp else grad
+            with torch.no_grad():
+                parameter.add_(grad, alpha=-0.1)
+            parameter.grad = None
+    return losses, gradients, {p.dtype for p in part.parameters()}
+
+
+def compare() -> list[Any]:
+    return [trained("llm", fsdp) for fsdp in (False, True)]
+
+
+def test_equals_fsdp_of_one_process() -> None:
+    ((ours, theirs),) = pool.run(1, compare)
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        assert torch.equal(a, b)
+    assert list(ours[1]) == list(theirs[1]) and ours[2] == theirs[2] == {torch.float32}
+    for name, grad in ours[1].items():
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, theirs[1][name], rtol=0, atol=0)
+
+
+def test_copies_follow_their_masters() -> None:
+    from l3m_like.distributed.low_precision import LowPrecision
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = model[0].weight  # tied
+    LowPrecision(model, torch.bfloat16, leave=())
+    x = torch.randn(3, 4, dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = model(x)
+        assert before.dtype == torch.bfloat16 and model[0].weight is model[1].weight
+        model[0].get_parameter("bias").add_(1)
+        assert not torch.equal(model(x), before)
+        model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
+        assert not model(x).any()
+    assert sorted(dict(model.named_parameters())) == ["0.bias", "0.weight", "1.bias"]
+    model.requires_grad_(False)
+    model[1].get_parameter("bias").requires_grad_(True)
+    model(x).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert grads["0.bias"] is None and grads["0.weight"] is None and grads["1.bias"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "full"])
+def test_recomputes(checkpoint: str) -> None:
+    from l3m_like.distributed.mesh import build_mesh
+    from l3m_like.distributed.parallelize import parallelize
+    from l3m_like.training.init import init_specs, initialize, materialize
+
+    cfg = experiment("llm")
+    with torch.device("meta"):
+        part = cfg.instantiate("model")
+    specs = init_specs(part)
+    parallelize(part, build_mesh({}), precision="bf16", checkpointing=checkpoint)
+    materialize(part, torch.device("cpu"))
+    initialize(part, 0, "", specs)
+    ids = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(0))
+    part({"text_ids": ids, "text_targets": ids})["text_nll"].sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in part.parameters())
