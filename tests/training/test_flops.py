@@ -50,7 +50,9 @@ def images() -> dict[str, Tensor]:
     return {"image": torch.randn(B, 1, 28, 28), "image_label": torch.zeros(B, dtype=torch.int64), "row": torch.arange(B)}
 
 
-@pytest.mark.parametrize("documents", [[[0] * S] * B, [[0] * 5 + [1] * 12 + [2] * 7, [0] * 20 + [-1] * 4]], ids=["whole", "packed"])
+@pytest.mark.parametrize(
+    "documents", [[[0] * S] * B, [[0] * 5 + [1] * 12 + [2] * 7, [0] * 20 + [-1] * 4]], ids=["whole", "packed"]
+)
 def test_language_model_against_the_counter(documents: list[list[int]]) -> None:
     run, batch = planned("llm", LLM), text(documents)
     work = StepFlops(run.trace).of([batch])

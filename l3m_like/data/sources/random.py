@@ -55,9 +55,7 @@ class RandomTokens:
 
     def __init__(self, vocab_size: int, length: int | LogNormal, seed: int = 0, documents: int = 1 << 24) -> None:
         if vocab_size < 1 or documents < 1 or (isinstance(length, int) and length < 1):
-            raise UserError(
-                f"RandomTokens: vocab_size {vocab_size}, length {length}, {documents} documents; each is at least 1."
-            )
+            raise UserError(f"RandomTokens: vocab_size {vocab_size}, length {length}, {documents} documents; each is at least 1.")
         self.vocab_size, self.length, self.seed, self.documents = vocab_size, length, seed, documents
 
     def __len__(self) -> int:
