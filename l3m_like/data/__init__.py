@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy(
         "sources.json_lines_stream": ["JsonLinesStream"],
         "sources.megatron": ["Megatron", "MegatronWriter"],
         "sources.parquet_stream": ["ParquetStream"],
+        "sources.random": ["LogNormal", "RandomLatents", "RandomTokens"],
         "sources.web_dataset": ["WebDataset"],
         "sources.web_dataset_stream": ["WebDatasetStream"],
         "tokenizer": ["TextTokenizer"],

@@ -30,9 +30,12 @@ from l3m_like.core.meta_model import MetaModel
 from l3m_like.data.loader import Loader, Step
 from l3m_like.distributed.mesh import Mesh, broadcast_object, build_mesh
 from l3m_like.training.control import Upcoming
-from l3m_like.training.flops import StepFlops, peak_flops
+from l3m_like.training.flops import FORMULA, StepFlops, peak_flops
 from l3m_like.training.init import initialize, materialize
 from l3m_like.training.metrics import short
+from l3m_like.training.optim import EMA
+from l3m_like.training.profile import STEPS as PROFILED
+from l3m_like.training.profile import Recorder
 from l3m_like.training.schedule import Schedule
 from l3m_like.training.train import plan, train
 from l3m_like.training.updates import Update
@@ -45,15 +48,36 @@ PARTS = (
     (Update, "forward_backward", "forward"),
     (Tensor, "backward", "backward"),
     (Update, "step", "optimizer"),
+    (EMA, "update", "optimizer"),
 )
-#: the control word, averages, records, logging
+#: the control word, records, logging
 OTHER = "other"
 
 
-def bench(cfg: RunConfig, steps: int = 20, *, warmup: int = 5, overhead: bool = False) -> dict[str, Any]:
+class Progress:
+    """Lines about what is going on, each with the seconds since it was made, on standard error."""
+
+    def __init__(self, silent: bool = False) -> None:
+        self.silent, self._began = silent, time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        if not self.silent:
+            print(f"[{time.perf_counter() - self._began:7.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def bench(
+    cfg: RunConfig,
+    steps: int = 20,
+    *,
+    warmup: int = 5,
+    overhead: bool = False,
+    keep_ema: bool = False,
+    profile: Path | None = None,
+    say: Callable[[str], None] = Progress(silent=True),  # noqa: B008  # it holds nothing
+) -> dict[str, Any]:
     """Train ``cfg`` for ``warmup + steps`` steps in a folder that is deleted, and time them; every rank calls it.
 
-    Averaging, evaluations, saves and trackers are off. On CUDA, times are those of events in the stream, so that the loop runs
+    Evaluations, saves and trackers are off. On CUDA, times are those of events in the stream, so that the loop runs
     ahead of the device as always; with ``overhead`` the device is waited for between the turns of the two loops.
 
     Args:
@@ -61,11 +85,17 @@ def bench(cfg: RunConfig, steps: int = 20, *, warmup: int = 5, overhead: bool = 
         steps: how many are timed.
         warmup: steps before them.
         overhead: in turn with each step, the same step of a ``PlainLoop``.
+        keep_ema: keep the run's averaging of weights; else it is off.
+        profile: where a Chrome trace (``.json.gz``) of a few more steps is written. On several GPUs they are recorded in any
+            case, to know the time of communication.
+        say: told of every phase.
 
     Returns:
         JSON values: ``seconds`` (of a step, median), ``parts`` (seconds of a step, medians), ``units`` (of a step; their name is
-        ``unit``), ``flops`` (of the model, per step, or None), ``mfu`` (None where the peak is not known), ``memory`` (peak bytes
-        of CUDA's allocator, else of the process), ``parameters``, ``all_seconds`` and ``losses`` (of the timed steps) and
+        ``unit``), ``flops`` and ``hardware_flops`` (per step, the second with what is recomputed, or None), ``mfu`` and ``hfu``
+        (None where the peak is not known), ``formula`` (of these), ``communication`` ({seconds, exposed} of a step on rank 0,
+        from the profile, or None), ``profile`` (see ``profile.summarize``, or None), ``memory`` (peak bytes of CUDA's allocator,
+        else of the process), ``parameters``, ``all_seconds`` and ``losses`` (of the timed steps) and
         ``facts``. With ``overhead``: ``plain_seconds``, ``plain_losses``, ``ratio`` (of the medians), ``ratio_of_means``,
         ``ratio_of_cpu_time`` (of the medians of this process's processor time, which others on the machine disturb less).
 
@@ -74,8 +104,12 @@ def bench(cfg: RunConfig, steps: int = 20, *, warmup: int = 5, overhead: bool = 
     """
     if steps < 1 or warmup < 1:
         raise UserError(f"bench: {steps} steps after {warmup} of warm-up; at least 1 of each are needed.")
-    cfg.steps, cfg.epochs, cfg.tokens = warmup + steps + 1, None, None  # one more, in which the last is known to be over
-    cfg.ema, cfg.evals, cfg.checkpoint.every, cfg.checkpoint.resume = None, {}, None, "auto"
+    if overhead and (keep_ema or profile is not None):
+        raise UserError("bench --overhead: the loop written by hand has no average of weights and no profile; leave these out.")
+    # one more, in which the last is known to be over; and those of the profile with one that warms the profiler up
+    cfg.steps, cfg.epochs, cfg.tokens = warmup + steps + 1 + PROFILED + 1, None, None
+    cfg.ema = cfg.ema if keep_ema else None
+    cfg.evals, cfg.checkpoint.every, cfg.checkpoint.resume = {}, None, "auto"
     cfg.log.every, cfg.log.console, cfg.log.wandb, cfg.log.tensorboard, cfg.log.aim = LOG_EVERY, False, None, False, False
     if overhead:
         cfg.data.prefetch = 0  # a thread that reads ahead would work in the other loop's turn
@@ -83,13 +117,24 @@ def bench(cfg: RunConfig, steps: int = 20, *, warmup: int = 5, overhead: bool = 
     with tempfile.TemporaryDirectory() as folder:
         cfg.run.dir, cfg.run.name, cfg.run.id = broadcast_object(folder), "bench", None
         plain = PlainLoop(cfg, mesh, Path(folder) / "plain.jsonl") if overhead else None
-        watch = Watch(mesh.device, warmup + steps, plain)
+        recorder = None
+        if profile is not None or (mesh.device.type == "cuda" and mesh.world_size > 1):
+            recorder = Recorder(
+                mesh.device, profile if profile is not None and mesh.is_main else Path(folder) / f"{mesh.rank}.json.gz"
+            )
+        watch = Watch(mesh.device, warmup + steps, plain, recorder, say, warmup)
+        say(f"building {cfg.experiment}: batch.global={cfg.batch.global_} batch.micro={cfg.batch.micro}")
         if mesh.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(mesh.device)
+            torch.cuda.resetpeak_memory_stats(mesh.device)
         with watch.attached(), contextlib.suppress(Watch.Enough):
             train(cfg)
             raise UserError(f"bench: the data ended before {warmup + steps} steps; lower --steps.")
+        say("reading the measurements")
         result = summary(cfg, mesh, watch, warmup)
+        if recorder is not None and mesh.is_main:
+            made = result["profile"] = recorder.summary()
+            if made["of"] == "kernels":
+                result["communication"] = {"seconds": made["communication"], "exposed": made["exposed"]}
         if plain is not None:
             plain.file.close()
             theirs = watch.plain_seconds[warmup:]
@@ -106,14 +151,16 @@ def bench(cfg: RunConfig, steps: int = 20, *, warmup: int = 5, overhead: bool = 
 def summary(cfg: RunConfig, mesh: Mesh, watch: Watch, warmup: int) -> dict[str, Any]:
     """What ``watch`` saw after the warm-up, in the words of ``bench``."""
     run = plan(cfg, mesh.dp_size)
-    flops = StepFlops(run.trace)
-    parts = watch.parts()[warmup:]
+    flops = StepFlops(run.trace, cfg.parallel.checkpoint)
+    parts = watch.parts()[warmup : watch.wanted]
     seconds = [sum(step.values()) for step in parts]
-    batches = watch.batches[warmup:]
+    batches = watch.batches[warmup : watch.wanted]
     units = [sum(run.dataset.units(micro) for micro in batch.micro) for batch in batches]
     work = [flops.of(batch.micro) for batch in batches]
-    host = mesh.sum(torch.tensor([statistics.mean(units), statistics.mean(w or 0.0 for w in work)], dtype=torch.float64))
-    per_step, flops_per_step = host.tolist()
+    known = [w for w in work if w is not None]
+    means = [statistics.mean(units), *(statistics.mean(column) for column in zip(*((w.model, w.hardware) for w in known)))]
+    per_step, *numbers = mesh.sum(torch.tensor(means, dtype=torch.float64)).tolist()
+    model, hardware = numbers or (None, None)
     middle, peak = statistics.median(seconds), peak_flops(mesh)
     return {
         "config": cfg.experiment,
@@ -123,24 +170,45 @@ def summary(cfg: RunConfig, mesh: Mesh, watch: Watch, warmup: int) -> dict[str, 
         "parts": {name: statistics.median(step.get(name, 0.0) for step in parts) for name in (*(p[2] for p in PARTS), OTHER)},
         "unit": run.dataset.unit,
         "units": per_step,
-        "flops": flops_per_step or None,
-        "mfu": flops_per_step / middle / peak if flops_per_step and peak else None,
-        "memory": _peak_memory(mesh.device),
+        "flops": model,
+        "hardware_flops": hardware,
+        "mfu": model / middle / peak if model and peak else None,
+        "hfu": hardware / middle / peak if hardware and peak else None,
+        "formula": FORMULA,
+        "communication": None,
+        "profile": None,
+        "memory": peak_memory(mesh.device),
         "parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "all_seconds": seconds,
-        "losses": watch.losses({name: loss.weight for name, loss in run.losses.items()})[warmup:],
+        "losses": watch.losses({name: loss.weight for name, loss in run.losses.items()})[warmup : watch.wanted],
+        "settings": {
+            "batch.global": cfg.batch.global_,
+            "batch.micro": run.micro_rows,
+            "ema": cfg.ema is not None,
+            **{f"parallel.{name}": getattr(cfg.parallel, name) for name in ("precision", "checkpoint", "compile")},
+        },
         "facts": facts(mesh),
     }
 
 
 class Watch:
-    """Times the steps of ``train()`` while ``attached``, and ends it by ``Enough`` after ``steps`` of them."""
+    """Times the steps of ``train()`` while ``attached``, and ends it by ``Enough`` after ``steps`` of them (and those that
+    ``recorder`` records)."""
 
     class Enough(Exception):
         """The steps are done; ``train`` is left before it saves."""
 
-    def __init__(self, device: torch.device, steps: int, plain: Callable[[Step], None] | None = None) -> None:
-        self.device, self.wanted, self.plain = device, steps, plain
+    def __init__(
+        self,
+        device: torch.device,
+        steps: int,
+        plain: Callable[[Step], None] | None,
+        recorder: Recorder | None,
+        say: Callable[[str], None],
+        warmup: int,
+    ) -> None:
+        self.device, self.wanted, self.plain, self.recorder, self._say = device, steps, plain, recorder, say
+        self._milestones = {0: "first step", 1: "first step done", warmup: "warm-up done", steps: f"{steps - warmup} steps timed"}
         self.batches: list[Step] = []
         self.plain_seconds: list[float] = []
         #: processor time of this process; a first entry is that of all before the first step
@@ -189,7 +257,9 @@ class Watch:
             self._mark(OTHER)  # the end of the step before
             self._within_step = False  # the plain loop calls backward too
             self.cpu.append(self._cpu_seconds())
-            if len(self._marks) == self.wanted:
+            if (milestone := self._milestones.get(len(self._marks))) is not None:
+                self._say(milestone)
+            if len(self._marks) >= self.wanted and (self.recorder is None or self.recorder.boundary()):
                 self._wait()
                 raise Watch.Enough
             batch = upcoming.batch
@@ -324,7 +394,7 @@ class PlainLoop:
 
 def _next_token(model: Any, data: Mapping[str, Tensor]) -> Tensor:
     tokens = model.preprocessor.compute(data["text_ids"])
-    hidden = model.trunk.compute(tokens, data["text_positions"], data["text_document_ids"])
+    hidden = model.trunk.compute(tokens, data["text_positions"], data.get("text_document_ids"))
     return model.head.compute(hidden, data["text_targets"], outputs=("nll",))["nll"].sum()
 
 
@@ -362,7 +432,7 @@ def facts(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes: of CUDA's allocator, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -404,12 +474,28 @@ def table(result: Mapping[str, Any]) -> str:
         f"{unit} per second": f"{short(result['units'] / seconds)} ({result['units']:g} per step)",
         "model FLOP/s": short(result["flops"] / seconds) if result["flops"] else "not declared",
         "MFU": f"{100 * result['mfu']:.1f}%" if result["mfu"] is not None else "the peak is not known",
+        "HFU": f"{100 * result['hfu']:.1f}%" if result["hfu"] is not None else "the peak is not known",
+        "recomputed": f"{100 * (result['hardware_flops'] / result['flops'] - 1):.1f}% of the model FLOPs"
+        if result["flops"]
+        else "-",
         "peak memory": f"{result['memory'] / 2**30:.2f} GiB",
+        "settings": " ".join(f"{name}={value}" for name, value in result["settings"].items()),
         "time": share,
+        "communication": _communication(result),
     }
     if "ratio" in result:
         rows["plain loop"] = f"{1e3 * result['plain_seconds']:.1f} ms"
         rows["ratio"] = f"{result['ratio']:.3f} (medians), {result['ratio_of_means']:.3f} (means)"
         rows["in CPU time"] = f"{result['ratio_of_cpu_time']:.3f} (medians)"
     width = max(map(len, rows))
-    return "\n".join([f"{result['config']}, {about['date']}", *(f"  {name.ljust(width)}  {text}" for name, text in rows.items())])
+    lines = [f"{result['config']}, {about['date']}", *(f"  {name.ljust(width)}  {text}" for name, text in rows.items())]
+    return "\n".join([*lines, result["formula"]])
+
+
+def _communication(result: Mapping[str, Any]) -> str:
+    found = result["communication"]
+    if found is None:
+        return "not measured (--profile on a GPU; always on several)"
+    return (
+        f"{1e3 * found['seconds']:.2f} ms of a step, {1e3 * found['exposed']:.2f} ms with nothing else running (profiled steps)"
+    )

@@ -118,7 +118,7 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
         evaluations = Evaluations(cfg, run.parts, run.losses, mesh, run.micro_rows)
         data, missing = _check_data(cfg, run, evaluations, skip=model_only)
         missing |= _check_start(cfg)
-        flops, flops_numbers = _flops_section(run, dp_size)
+        flops, flops_numbers = _flops_section(cfg, run, dp_size)
         become_local(run.model, sharded, cfg.parallel.precision)
         trace = Trace(run.wiring, run.micro_rows)  # once more: plan's is in the dtype of the master weights
         _trace_evaluations(cfg, run, evaluations)
@@ -402,16 +402,20 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 
-def _flops_section(run: Plan, dp_size: int) -> tuple[Section, dict[str, Any]]:
-    per_step = StepFlops(run.trace)
+def _flops_section(cfg: RunConfig, run: Plan, dp_size: int) -> tuple[Section, dict[str, Any]]:
+    per_step = StepFlops(run.trace, cfg.parallel.checkpoint)
     if per_step.undeclared:
         note = f"not known: {', '.join(per_step.undeclared)} have parameters but no flops(...). MFU will not be reported."
         return Section("FLOPs", notes=[note]), {"flops_per_step": None, "flops_per_unit": None}
-    micro = per_step.of([{}]) or 0.0
+    work = per_step.of([{}])
+    assert work is not None
+    micro = work.model
     units = run.micro_rows * run.dataset.pack.units_per_row
     step = micro * run.accumulation * dp_size
     unit = run.dataset.unit.removesuffix("s")
     rows = [(f"per {unit}", f"{micro / units:.4g}"), ("per step", f"{step:.4g}  (all ranks)")]
+    if work.recomputed:
+        rows.append(("recomputed", f"{work.recomputed / work.model:.1%} more (parallel.checkpoint: {cfg.parallel.checkpoint})"))
     if run.steps:
         rows.append(("run", f"{step * run.steps:.4g}"))
     note = "" if run.dataset.pack.one_row_per_sample else " Here every row counts as one document; shorter ones need less."

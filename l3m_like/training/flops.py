@@ -1,9 +1,9 @@
-"""Model FLOPs of a step and the share of the chip's peak that they are (MFU), by the blocks' own declarations."""
+"""FLOPs of a step, by the blocks' own declarations, and the shares of the chip's peak that they are (MFU, HFU)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,27 +16,68 @@ PEAK = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B200": 
 
 FORMULA = (
     "model FLOPs = 3 x forward of trained blocks (forward 1, backward 2) + 1 x forward of frozen ones; matrix products and "
-    "attention over real document lengths; no embedding table, no recomputation; MFU = model FLOPs / seconds / (devices x peak)"
+    "attention over real document lengths (causal: half of the square); no embedding table, no recomputation; "
+    "MFU = model FLOPs / seconds / (devices x peak); "
+    "HFU likewise, with 1 x forward of what activation checkpointing runs again (full: all units, n: every n-th, selective: no "
+    "matrix product)"
 )
 
 
-class StepFlops:
-    """Model FLOPs of this rank's micro-batches, or None when a block with parameters does not declare its own."""
+class Work(NamedTuple):
+    """FLOPs of one rank's share of a step."""
 
-    def __init__(self, trace: Trace) -> None:
+    model: float
+    #: what activation checkpointing runs a second time, at most: torch stops before a unit's last product if no gradient needs it
+    recomputed: float
+
+    @property
+    def hardware(self) -> float:
+        return self.model + self.recomputed
+
+
+class StepFlops:
+    """FLOPs of this rank's micro-batches, or None when a block with parameters does not declare its own.
+
+    Args:
+        trace: of the run.
+        checkpointing: ``parallel.checkpoint`` of the run. The units of one block count as equal.
+    """
+
+    def __init__(self, trace: Trace, checkpointing: str | int = "none") -> None:
         self.trace = trace
         self.undeclared = trace.undeclared()
+        every = 1 if checkpointing == "full" else checkpointing if isinstance(checkpointing, int) else None
+        parts = {id(part): part for program in trace.wiring.programs for part in program.parts.values()}
+        #: of the units that checkpointing wraps, in the order in which it takes every n-th
+        self._again: set[int] = set()
+        for part in parts.values() if every else ():
+            units = [unit for _, block in part.blocks() for unit in block.shard_units()]
+            self._again |= {id(unit) for unit in units[::every]}
 
-    def of(self, micro: Iterable[Mapping[str, Any]]) -> float | None:
+    def of(self, micro: Iterable[Mapping[str, Any]]) -> Work | None:
         if self.undeclared:
             return None
-        return float(sum(self._one(batch) for batch in micro))
+        model = recomputed = 0.0
+        for batch in micro:
+            for block, flops in self.trace.flops_by_block(batch):
+                if isinstance(block, Frozen):
+                    model += flops  # no backward pass, and nothing is run again for one
+                else:
+                    model += 3.0 * flops
+                    recomputed += flops * self._share_run_again(block)
+        return Work(model, recomputed)
 
-    def _one(self, batch: Mapping[str, Any]) -> float:
-        total = 0.0
-        for block, flops in self.trace.flops_by_block(batch):
-            total += flops if isinstance(block, Frozen) else 3.0 * flops
-        return total
+    def _share_run_again(self, block: Any) -> float:
+        units = [id(unit) for unit in block.shard_units()] if self._again else []
+        return sum(unit in self._again for unit in units) / len(units) if units else 0.0
+
+    def describe(self, peak: float | None) -> str | None:
+        """How MFU is counted, for a run's first lines, or why there is none; None where the devices' ``peak`` is not known."""
+        if peak is None:
+            return None
+        if self.undeclared:
+            return f"no MFU: {', '.join(self.undeclared)} have parameters but no flops(...)"
+        return f"{FORMULA}; peak {peak / 1e12:g} TFLOP/s"
 
 
 def peak_flops(mesh: Mesh) -> float | None:

@@ -163,6 +163,8 @@ class Console:
             parts.append(f"{short(rates['per_second'])} {rates['unit']}/s")
         if rates.get("mfu") is not None:
             parts.append(f"mfu {100 * rates['mfu']:.1f}%")
+            if rates["hfu"] > rates["mfu"]:  # something is recomputed
+                parts.append(f"hfu {100 * rates['hfu']:.1f}%")
         if row.get("memory"):
             parts.append(f"mem {row['memory'] / 2**30:.2f} GiB")
         parts.append(f"data {100 * rates['data_wait']:.0f}%")
@@ -175,17 +177,19 @@ def window_rates(rows: Sequence[Mapping[str, Any]], peak_flops: float | None) ->
     """Rates over the wall-clock time of ``rows`` (which includes waiting for data), weighted by time.
 
     Returns ``seconds_per_step``, ``data_wait`` (fraction of the time), ``unit`` and ``per_second`` (of the first of ``counts``;
-    None without counts), ``mfu`` (None if the FLOPs or the devices' peak are not known).
+    None without counts), ``mfu`` and ``hfu`` (None if the FLOPs or the devices' peak are not known).
     """
     seconds = max(sum(row["seconds"] for row in rows), 1e-9)
     unit = next(iter(rows[-1].get("counts", {})), None)
     flops = sum(row.get("flops") or 0 for row in rows)
+    hardware = sum(row.get("hardware_flops") or row.get("flops") or 0 for row in rows)
     return {
         "seconds_per_step": seconds / len(rows),
         "data_wait": sum(row.get("data_wait", 0.0) for row in rows) / seconds,
         "unit": unit,
         "per_second": sum(row["counts"][unit] for row in rows) / seconds if unit else None,
         "mfu": flops / seconds / peak_flops if peak_flops and flops else None,
+        "hfu": hardware / seconds / peak_flops if peak_flops and flops else None,
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from l3m_like.core.errors import UserError
 from l3m_like.data.loader import Step
 from l3m_like.distributed.mesh import Mesh, gather_objects
+from l3m_like.training.flops import Work
 from l3m_like.training.updates import Update
 
 
@@ -28,7 +29,7 @@ class StepRecord:
     lr: dict[str, float]
     data_wait: float
     units: dict[str | None, int]  # on this rank; None: of all sources
-    flops: float | None  # of the model, on this rank
+    flops: Work | None  # on this rank
 
 
 def flush(
@@ -43,7 +44,8 @@ def flush(
     counts = torch.cat([torch.stack([v[1] for v in r.sums.values()]) for r in records]).cpu().tolist()
     norms = torch.stack([n.detach().double() for r in records for pair in r.norms.values() for n in pair]).cpu().tolist()
     seconds = (time.perf_counter() - began) / len(records)  # after the copy, so that the device has done the work
-    host = mesh.sum(torch.tensor([[r.flops or 0.0, *r.units.values()] for r in records], dtype=torch.float64)).tolist()
+    numbers = [[*((r.flops.model, r.flops.hardware) if r.flops else (0.0, 0.0)), *r.units.values()] for r in records]
+    host = mesh.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
     memory = torch.cuda.max_memory_allocated() if mesh.device.type == "cuda" else None
     names = gather_objects([record.batch.refs for record in records]) if refs else []
     left_out = gather_objects([record.batch.left_out for record in records]) if ledger else []
@@ -62,10 +64,10 @@ def flush(
             row[f"grad_norm{suffix}"], skipped = norms.pop(0), norms.pop(0)
             row["skipped"] = row.get("skipped", 0) or int(skipped)
         row |= {f"lr/{update}" if several else "lr": lr for update, lr in record.lr.items()}
-        row |= {"seconds": seconds, "data_wait": record.data_wait, "counts": {unit: int(host[index][1])}}
-        row |= {f"{unit}/{name}": int(n) for name, n in zip(record.units, host[index][1:], strict=True) if name is not None}
+        row |= {"seconds": seconds, "data_wait": record.data_wait, "counts": {unit: int(host[index][2])}}
+        row |= {f"{unit}/{name}": int(n) for name, n in zip(record.units, host[index][2:], strict=True) if name is not None}
         if record.flops is not None:
-            row["flops"] = host[index][0]
+            row["flops"], row["hardware_flops"] = host[index][:2]
         if memory is not None:
             row["memory"] = memory
         if refs:

@@ -64,8 +64,8 @@ class Reporter:
         Each row has ``step`` (steps taken, this one included) and ``seconds`` (its wall-clock time, waiting for data included;
         an average over the rows is fine). Known, and left out where not known: ``loss``, ``lr``, ``grad_norm``, ``data_wait``
         (seconds), ``memory`` (bytes), ``counts`` ({"tokens": 8192, "rows": 16} over all ranks; the first is the console's
-        unit), ``flops`` (of the model, over all ranks), ``refs`` (sample references), ``left_out``
-        (for the ledger). Any other JSON value is written as it is.
+        unit), ``flops`` (of the model, over all ranks), ``hardware_flops`` (with what is recomputed), ``refs`` (sample
+        references), ``left_out`` (for the ledger). Any other JSON value is written as it is.
         """
         if not self.is_main or not rows:
             return
@@ -79,6 +79,11 @@ class Reporter:
             values = {key: value for key, value in line.items() if key != "step" and _is_number(value)}
             for tracker in self.trackers:
                 tracker.scalars(line["step"], values)
+
+    def say(self, text: str) -> None:
+        """A line on the console that stays."""
+        if self.console is not None:
+            self.console.print(text)
 
     def left_out(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Note samples that were left out after the last step."""
@@ -129,14 +134,15 @@ class Reporter:
             self.console.close()
 
     def _line(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row as it is written: counts as totals and rates per second of wall clock, FLOPs as MFU."""
-        line = {key: value for key, value in row.items() if key not in ("counts", "flops", "refs", "left_out")}
+        """The row as it is written: counts as totals and rates per second of wall clock, FLOPs as MFU and HFU."""
+        line = {key: value for key, value in row.items() if key not in ("counts", "flops", "hardware_flops", "refs", "left_out")}
         seconds = max(row["seconds"], 1e-9)
         for unit, count in row.get("counts", {}).items():
             line[unit] = count
             line[f"{unit}_per_second"] = count / seconds
         if self.peak_flops and row.get("flops"):
             line["mfu"] = row["flops"] / seconds / self.peak_flops
+            line["hfu"] = row.get("hardware_flops", row["flops"]) / seconds / self.peak_flops
         return line | ({"refs": row["refs"]} if "refs" in row else {})
 
 

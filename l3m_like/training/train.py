@@ -184,12 +184,14 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     steps: int = run.steps or loader.total_steps  # type: ignore[assignment]  # one of them is given
     shape = cfg.schedule
     schedule = Schedule(shape.name, total=steps, warmup=shape.warmup, decay=shape.decay, floor=shape.floor)
-    flops = StepFlops(run.trace)
+    flops = StepFlops(run.trace, cfg.parallel.checkpoint)
     evaluations = Evaluations(cfg, parts, run.losses, mesh, run.micro_rows)
     stamp = cfg.facts() | {"mesh": str(mesh), "random_weights": random_weights(parts.values())}
     stamp["parameters"] = sum(p.numel() for p in trainable.values())
     peak = peak_flops(mesh)
     reporter = Reporter(cfg.log, run_dir, mesh.is_main, step, stamp, total=steps, peak_flops=peak, run_id=cfg.run.id)
+    if mfu := flops.describe(peak):
+        reporter.say(mfu)
 
     if mesh.is_main:
         Diagram.of(run.trace).save(run_dir / "diagram.svg")

@@ -18,6 +18,7 @@ from l3m_like.data.loader import Loader
 from l3m_like.training import bench as module
 from l3m_like.training.bench import LOG_EVERY, OTHER, PARTS, PlainLoop, bench, table
 from l3m_like.training.control import Upcoming
+from l3m_like.training.optim import EMA
 from l3m_like.training.updates import Update
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ def test_numbers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_timed_is_what_the_loop_calls() -> None:
     assert {(owner, method) for owner, method, _ in PARTS} == {
-        (Loader, "next_step"), (Update, "forward_backward"), (Tensor, "backward"), (Update, "step"),
+        (Loader, "next_step"), (Update, "forward_backward"), (Tensor, "backward"), (Update, "step"), (EMA, "update"),
     }  # fmt: skip
     assert all(callable(getattr(owner, method)) for owner, method, _ in PARTS)
 

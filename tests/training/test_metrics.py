@@ -111,7 +111,7 @@ def test_rates_are_per_wall_clock_second_with_the_wait_for_data():
     assert rates["data_wait"] == pytest.approx(0.9 / 1.1) and rates["seconds_per_step"] == pytest.approx(0.55)
     assert rates["mfu"] == pytest.approx(1e10 / 1.1 / 1e11)
     assert window_rates([{"step": 1, "seconds": 1.0}], None) == {
-        "seconds_per_step": 1.0, "data_wait": 0.0, "unit": None, "per_second": None, "mfu": None,
+        "seconds_per_step": 1.0, "data_wait": 0.0, "unit": None, "per_second": None, "mfu": None, "hfu": None,
     }  # fmt: skip
 
 
@@ -120,12 +120,14 @@ def test_plain_lines_have_no_control_characters():
     console = Console(100, file=out)
     console.update(row(10, loss=2.5), window_rates([row(10)], 1e11))
     console.print("heldout/loss 2.3")
+    console.update(row(10, hardware_flops=6e9), window_rates([row(10, hardware_flops=6e9)], 1e11))
     console.close()
-    first, second = out.getvalue().splitlines()
+    first, second, third = out.getvalue().splitlines()
     assert first == (
         "step 10/100  loss 2.5000  lr 1.00e-05  grad 0.5  2k tokens/s  mfu 10.0%  mem 1.00 GiB  data 20%  eta 0:00:45"
     )
     assert second == "heldout/loss 2.3"
+    assert "mfu 10.0%  hfu 12.0%" in third  # only where something is computed twice
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out.getvalue())
 
 
@@ -274,7 +276,7 @@ def test_a_run_from_start_to_report(tmp_path, capsys):
     assert [line["step"] for line in lines if "evaluation" not in line] == list(range(1, 21))
     assert lines[0] == {
         "step": 1, "loss": 4.0, "lr": 1e-5, "grad_norm": 0.5, "seconds": 0.5, "data_wait": 0.1, "memory": 2**30,
-        "tokens": 1000, "tokens_per_second": 2000.0, "rows": 10, "rows_per_second": 20.0, "mfu": 0.1, "refs": [[0, 1]],
+        "tokens": 1000, "tokens_per_second": 2000.0, "rows": 10, "rows_per_second": 20.0, "mfu": 0.1, "hfu": 0.1, "refs": [[0, 1]],
     }  # fmt: skip
     assert lines[10] == {"step": 10, "evaluation": "heldout", "heldout/loss": 1.5, "heldout/loss/next_token": 1.5}
     assert "heldout/loss 1.5000" in capsys.readouterr().out
