@@ -1,0 +1,74 @@
+"""What the Triton kernels share: Triton itself or its absence, whether a call can use it, and the sizes of tiles."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l3m_like.kernels.select import resolve
+
+triton: Any
+tl: Any
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+    HAS_TRITON = True
+except ImportError:  # torch comes without it on macOS and Windows; the references remain
+    triton = tl = None
+    HAS_TRITON = False
+
+    def jit(function: Any) -> Any:
+        return function
+
+
+#: kernels run in Python, on tensors of the CPU: the tests without a GPU
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+#: a norm holds whole rows in registers; wider ones are left to torch
+WIDEST = 16384
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def use_triton(op: str, backend: str, x: Tensor, width: int = 1) -> bool:
+    """Whether a call of ``op`` on tensors like ``x`` is its Triton kernel (a constant under torch.compile).
+
+    float64 and tensors without data have the reference under every name; ``width``: of the rows that must fit in registers.
+
+    Raises:
+        UserError: ``backend`` is "triton" and it cannot run, or is no backend.
+    """
+    if x.is_meta or x.dtype == torch.float64:
+        return False
+    able = HAS_TRITON and (x.is_cuda or (INTERPRETED and backend == "triton")) and x.dtype in _DTYPES and width <= WIDEST
+    return resolve(op, backend, able=able)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest one that is at least ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
+def tile(dim: int) -> dict[str, int]:
+    """Launch arguments of a kernel whose tiles are whole rows of ``dim``: BLOCK columns (a power of two), ROWS, num_warps."""
+    block = power_of_2(dim)
+    rows = max(1, 2048 // block)
+    return {"BLOCK": block, "ROWS": rows, "num_warps": 4 if block <= 2048 else 8 if block <= 4096 else 16}
+
+
+@functools.cache
+def resident_programs(device: torch.device) -> int:
+    """Programs of a kernel that keeps a partial sum each: as many as the device runs at a time, so that all end together."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``x`` [..., D] as [N, D] with neighbouring columns adjacent in memory; a view where that is possible."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,73 @@
+"""Which version of each operation a run uses: the `kernels` section of its config.
+
+Layers ask ``selected(op)`` when they are built and keep the answer; ``RunConfig.instantiate`` builds them within
+``selecting(...)``. Imports no torch, since the config imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from l3m_like.core.errors import UserError, did_you_mean
+
+#: versions of the operations that have a Triton kernel
+BACKENDS = ("auto", "torch", "triton")
+
+#: ``{op: whether "auto" takes Triton on an NVIDIA GPU}``: forward and backward together against the compiled reference
+AUTO = {
+    "rms_norm": True,  # measured: not yet
+    "modulated_norm": True,  # measured: not yet
+    "rope": True,  # measured: not yet
+    "swiglu": True,  # measured: not yet
+}
+
+_choices: ContextVar[Mapping[str, str]] = ContextVar("kernels")
+
+
+@contextmanager
+def selecting(choices: Mapping[str, str]) -> Iterator[None]:
+    """Layers that are built within it use ``choices``, ``{op: name of a version}``."""
+    token = _choices.set(choices)
+    try:
+        yield
+    finally:
+        _choices.reset(token)
+
+
+def selected(op: str) -> str:
+    """The version of ``op`` that a layer built now uses: "auto" outside of ``selecting``."""
+    return _choices.get({}).get(op, "auto")
+
+
+def resolve(op: str, backend: str, *, able: bool) -> bool:
+    """Whether ``backend`` ("auto", "torch" or "triton") of ``op`` is the Triton kernel, where that can run or cannot.
+
+    Raises:
+        UserError: no such backend; "triton" where it cannot run.
+    """
+    if backend == "auto":
+        return able and AUTO[op]
+    if backend not in BACKENDS:
+        raise UserError(f"no backend '{backend}' of {op}. {did_you_mean(backend, BACKENDS)}")
+    if backend == "triton" and not able:
+        raise UserError(f"kernels.{op} = triton: it needs an NVIDIA GPU, Triton and no float64. Write auto or torch.")
+    return backend == "triton"
+
+
+def in_use(choices: Mapping[str, str], device: str, precision: str) -> str:
+    """One line: what every operation of ``choices`` is on ``device`` ("cuda") in ``precision`` (of `parallel`).
+
+    Raises:
+        UserError: an explicit choice that cannot run there.
+    """
+    able = device == "cuda" and precision != "fp64" and _has_triton()
+    names = {op: ("triton" if resolve(op, name, able=able) else "torch") if op in AUTO else name for op, name in choices.items()}
+    return "kernels: " + " ".join(f"{op}={name}" for op, name in names.items())
+
+
+def _has_triton() -> bool:
+    from l3m_like.kernels.launch import HAS_TRITON
+
+    return HAS_TRITON

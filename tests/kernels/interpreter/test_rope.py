@@ -1,0 +1,81 @@
+"""Rotary positions and the norm over heads."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from against import check, randn
+from torch import Tensor
+
+from l3m_like.kernels.rope import qk_norm_rope
+
+DTYPES = [torch.float32, torch.float16]
+
+
+def tables(rows: int, length: int, width: int) -> tuple[Tensor, Tensor]:
+    """Not only those of rotary positions: both halves differ."""
+    return randn(rows, length, width).float(), randn(rows, length, width, seed=1).float()
+
+
+def rope(q: Tensor, k: Tensor, *, backend: str, cos: Tensor, sin: Tensor) -> Any:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return qk_norm_rope(q, k, cos.to(dtype), sin.to(dtype), None, None, 1e-5, backend=backend)
+
+
+def norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *, backend: str) -> Any:
+    return qk_norm_rope(q, k, None, None, q_weight, k_weight, 1e-5, backend=backend)
+
+
+def norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *, backend: str, cos: Tensor, sin: Tensor
+) -> Any:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return qk_norm_rope(q, k, cos.to(dtype), sin.to(dtype), q_weight, k_weight, 1e-5, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 16), (3, 1, 12), (2, 2, 72)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_norm_and_rope(rows: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
+    cos, sin = tables(rows, 5, width)
+    inputs = [randn(2, 5, heads, width), randn(2, 5, kv_heads, width), randn(width), randn(width, seed=1)]
+    check(partial(norm_rope, cos=cos, sin=sin), inputs, dtype)
+    check(partial(rope, cos=cos, sin=sin), inputs[:2], dtype)
+    check(norm, inputs, dtype)
+
+
+def fused(qkv: Tensor, *weights: Tensor) -> list[Tensor]:
+    """Views of one projection's result [B, S, (3 + 1 + 1) * 12]."""
+    q, k, _ = qkv.split([36, 12, 12], dim=-1)
+    return [q.unflatten(-1, (3, 12)), k.unflatten(-1, (1, 12)), *weights]
+
+
+def transposed(q: Tensor, k: Tensor, *weights: Tensor) -> list[Tensor]:
+    return [q.transpose(1, 2), k.transpose(1, 2), *weights]
+
+
+def test_strides() -> None:
+    cos, sin = tables(1, 4, 12)
+    check(partial(norm_rope, cos=cos, sin=sin), [randn(2, 4, 60), randn(12), randn(12, seed=1)], view=fused)
+    check(partial(rope, cos=cos, sin=sin), [randn(2, 4, 60)], view=fused)
+    inputs = [randn(2, 3, 4, 12), randn(2, 1, 4, 12), randn(12), randn(12, seed=1)]
+    check(partial(norm_rope, cos=cos, sin=sin), inputs, view=transposed)
+
+
+def test_gradients_as_attention_gives_them() -> None:
+    """Results are read as [B, H, S, K], and so are the strides of their gradients."""
+
+    def call(*args: Tensor, backend: str) -> Any:
+        cos, sin = tables(1, 4, 12)
+        q, k = norm_rope(*args, backend=backend, cos=cos, sin=sin)
+        return q.transpose(1, 2) * 1, k.transpose(1, 2) * 1
+
+    check(call, [randn(2, 4, 3, 12), randn(2, 4, 1, 12), randn(12), randn(12, seed=1)])
+
+
+def test_neither() -> None:
+    q, k = randn(1, 2, 1, 4).float(), randn(1, 2, 1, 4, seed=1).float()
+    assert qk_norm_rope(q, k, None, None, None, None, 1e-6, backend="triton") == (q, k)
