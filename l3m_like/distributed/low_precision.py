@@ -21,8 +21,8 @@ class LowPrecision:
     def __init__(self, root: nn.Module, dtype: torch.dtype, leave: Iterable[nn.Module] = ()) -> None:
         self.dtype = dtype
         self.left = {id(module) for module in leave}
-        self.masters: list[nn.Parameter] = []
-        self.copies: list[nn.Parameter] = []
+        self.masters: list[Any] = []
+        self.copies: list[Any] = []
         self.versions: list[int] = []
         root.register_forward_pre_hook(self)
 
