@@ -65,8 +65,9 @@ def choose_backend(
 ) -> str:
     """The backend for ``mask``: the one that was asked for, or for "auto" the fastest that is exact.
 
-    Measured on Hopper (docs/benchmarks.md): cuDNN where no document or window is masked, else FlashAttention-2 over document
-    borders; FlexAttention where there are no borders, or a prefix. Elsewhere (CPU, fp32, a key/value cache) SDPA.
+    Measured on Hopper (docs/benchmarks.md): cuDNN where neither documents, windows nor prefixes are masked, else FlexAttention
+    (FlashAttention-2 over document borders takes longer, the longer the list of borders that few documents fill).
+    Elsewhere (CPU, fp32, a key/value cache) SDPA.
 
     Raises:
         UserError: the backend that was asked for cannot do this mask exactly, with what can.
@@ -81,7 +82,7 @@ def choose_backend(
         if plain:
             exact = torch.are_deterministic_algorithms_enabled()  # cuDNN's backward pass is not
             return "cudnn" if cudnn_takes(head_dim, device) and not exact else "flash"
-        return "varlen" if bordered else "flex"
+        return "flex"
     problem = None
     if asked == "flex" and device.type == "cpu" and torch.is_grad_enabled():
         problem = "its backward pass needs CUDA"
@@ -142,14 +143,19 @@ def _dense(mask: AttentionMask, backend: str, query_length: int, kv_length: int,
 
 
 def _blocks(mask: AttentionMask, batch: int, query_length: int, kv_length: int, device: torch.device) -> Any:
-    """The same rules as ``_dense``, pair by pair, as a BlockMask of FlexAttention."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The same rules as ``_dense``, pair by pair, as a BlockMask of FlexAttention.
 
-    ids, prefix, window = mask.document_ids, mask.prefix_lengths, mask.window
+    Which blocks it visits follows from the smallest and largest document of each, so that no table of S x S pairs is made
+    (FlexAttention's own ``create_block_mask`` makes one). A block that may hold a pair is visited; one is visited without
+    looking at pairs if all of them are allowed.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    ids, prefix, window, start = mask.document_ids, mask.prefix_lengths, mask.window, mask.query_start
     kv_ids = ids if mask.kv_document_ids is None else mask.kv_document_ids
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        place = query + mask.query_start
+        place = query + start
         seen = place >= 0 if mask.kind == "full" else key <= place
         if prefix is not None:
             seen = seen | ((place < prefix[row]) & (key < prefix[row]))
@@ -159,8 +165,46 @@ def _blocks(mask: AttentionMask, batch: int, query_length: int, kv_length: int, 
             seen = seen & (ids[row, query] == kv_ids[row, key]) & (ids[row, query] >= 0)
         return seen
 
-    rows = batch if ids is not None or prefix is not None else None
-    return create_block_mask(allowed, rows, None, query_length, kv_length, device=device)
+    first_q = torch.arange(start, start + query_length, _BLOCK, device=device).view(1, -1, 1)
+    first_k = torch.arange(0, kv_length, _BLOCK, device=device).view(1, 1, -1)
+    last_q, last_k = first_q + _BLOCK - 1, first_k + _BLOCK - 1
+    some = first_q >= 0 if mask.kind == "full" else first_k <= last_q  # a pair may be allowed
+    every = first_q >= 0 if mask.kind == "full" else last_k <= first_q  # all are
+    some, every = (x.expand(batch, first_q.shape[1], first_k.shape[2]) for x in (some, every))
+    if prefix is not None:
+        length = prefix.view(-1, 1, 1)
+        some = some | ((first_q < length) & (first_k < length))
+        every = every | ((last_q < length) & (last_k < length))
+    if window is not None:
+        some = some & (first_q - last_k < window) & (first_k - last_q < window)
+        every = every & (last_q - first_k < window) & (last_k - first_q < window)
+    if ids is not None and kv_ids is not None:
+        low_q, high_q = _extremes(ids, 2)
+        low_k, high_k = _extremes(kv_ids, 1)
+        some = some & (high_q >= 0) & (low_q <= high_k) & (low_k <= high_q)
+        every = every & (low_q == high_q) & (low_k == high_k) & (low_q == low_k) & (low_q >= 0)
+    every = every & (last_q < start + query_length) & (last_k < kv_length)
+    (few, few_at), (full, full_at) = (_listed(x) for x in (some & ~every, some & every))
+    return BlockMask.from_kv_blocks(
+        few, few_at, full, full_at, BLOCK_SIZE=_BLOCK, mask_mod=allowed, seq_lengths=(query_length, kv_length)
+    )
+
+
+#: places of a block of FlexAttention
+_BLOCK = 128
+
+
+def _extremes(ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest id of every block of places, with a dimension of one at ``dim``."""
+    places = -ids.shape[1] % _BLOCK
+    blocks = torch.nn.functional.pad(ids, (0, places), value=-1).unflatten(1, (-1, _BLOCK))
+    return blocks.amin(2).unsqueeze(dim), blocks.amax(2).unsqueeze(dim)
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bool [B, Q, K]: how many of each row are true, int32 [B, 1, Q], and a list that begins with them, int32 [B, 1, Q, K]."""
+    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32).unsqueeze(1), order.to(torch.int32).unsqueeze(1)
 
 
 class LayerMasks:

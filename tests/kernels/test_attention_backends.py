@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import ModuleType
 
@@ -86,17 +87,40 @@ def test_borders_and_window_as_flash_attention_takes_them(kind: str, monkeypatch
     kernel._flash_attn_package.cache_clear()
 
 
+@pytest.mark.parametrize("kind", [kind for kind in MASKS if kind != "full"])
+def test_blocks_of_flex(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 2 places: no allowed pair lies in one that is left out, and all pairs of a whole one are allowed."""
+    monkeypatch.setattr("l3m_like.layers.masks._BLOCK", 2)
+    mask = MASKS[kind]
+    blocks = lower(mask, "flex", 2, 7, 7, CPU).blocks
+    dense = lower(mask, "reference", 2, 7, 7, CPU)
+    allowed = dense.allowed[:, 0].expand(2, 7, 7).clone()
+    if dense.live is not None:
+        allowed &= dense.live[:, :, 0]
+    padded = torch.nn.functional.pad(allowed, (0, 1, 0, 1)).unflatten(1, (4, 2)).unflatten(3, (4, 2))
+    some, every = padded.any(4).any(2), padded.all(4).all(2)
+    visited, whole = torch.zeros(2, 2, 4, 4, dtype=torch.bool)
+    for b, q in itertools.product(range(2), range(4)):
+        for seen, number, at in (
+            (visited, blocks.kv_num_blocks, blocks.kv_indices),
+            (whole, blocks.full_kv_num_blocks, blocks.full_kv_indices),
+        ):
+            seen[b, q, at[b, 0, q, : int(number[b, 0, q])].long()] = True
+    assert not (visited & whole).any()
+    assert torch.equal(whole, every) and not (some & ~visited & ~whole).any()
+    if mask.document_ids is None and "prefix" not in kind:
+        assert torch.equal(visited | whole, some)  # and none is visited for nothing
+
+
 def choice(mask: AttentionMask, dtype: torch.dtype = torch.bfloat16, asked: str = "auto", device: str = "cuda") -> str:
     return choose_backend(asked, mask, 7, 7, 128, dtype, torch.device(device))
 
 
 def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("l3m_like.layers.masks.cudnn_takes", lambda head_dim, device: head_dim <= 128)
-    expected = {"full": "cudnn", "causal": "cudnn", "prefix": "flex", "prefix in documents": "flex"}
     for name, mask in MASKS.items():
-        assert choice(mask) == expected.get(name, "varlen")
+        assert choice(mask) == ("cudnn" if name in ("full", "causal") else "flex")
         assert choice(mask, torch.float32) == choice(mask, device="cpu") == "sdpa"
-    assert choice(AttentionMask("causal", DOCUMENTS)) == "flex"  # documents without borders
     assert choose_backend("auto", MASKS["causal"], 7, 7, 256, torch.float16, torch.device("cuda")) == "flash"
     cached = AttentionMask("causal", query_start=3)
     assert choose_backend("auto", cached, 4, 7, 64, torch.bfloat16, torch.device("cuda")) == "sdpa"
