@@ -1,8 +1,8 @@
 """Whole matrices, each on one rank: shards travel to the owner of their matrix, and what it makes of it travels back.
 
 An optimizer that needs a whole matrix (Muon) shares the matrices out over all ranks of the mesh, replicas and tp ranks included.
-A shard comes to the owner from the nearest rank that holds it, and the result goes to every rank that holds it. So a rank receives
-the matrices that it owns, and of the others its own shards.
+A shard comes to the owner from the nearest rank that holds it, and the result goes to every rank that holds it. So a rank
+receives the matrices that it owns, and of the others its own shards.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Region = tuple[slice, ...]
 
 
 def shard_bounds(tensor: Tensor, coordinate: Sequence[int]) -> list[tuple[int, int]]:
-    """Per dimension, the first index and the one after the last of the part of ``tensor`` that the rank at ``coordinate`` of its device
-    mesh holds; all of it for a tensor that is not distributed."""
+    """Per dimension, the first index and the one after the last of the part of ``tensor`` that the rank at ``coordinate`` of its
+    device mesh holds; all of it for a tensor that is not distributed."""
     bounds = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):
         placed = [(axis, p) for axis, p in enumerate(tensor.placements) if not p.is_replicate()]
@@ -68,7 +68,7 @@ def share_out(matrices: Sequence[Matrix], ranks: int, cost: Callable[[Matrix], i
 
 
 def buckets(matrices: Sequence[Matrix], mesh: Mesh, elements: int) -> list[Bucket]:
-    """``matrices`` (by owner) in groups that travel together: of each owner as many as have ``elements`` elements, at least one."""
+    """``matrices`` (by owner) in groups that travel together: of each owner as many as have ``elements`` elements, but one."""
     groups: dict[int, list[Matrix]] = {}
     number = held = 0
     for before, matrix in itertools.pairwise([None, *matrices]):
@@ -193,6 +193,4 @@ def _senders(matrix: Matrix, places: Sequence[Mapping[str, int]]) -> set[int]:
         names = parameter.device_mesh.mesh_dim_names or ()
         cut = {name for name, placement in zip(names, parameter.placements, strict=True) if not placement.is_replicate()}
     home = places[matrix.owner]
-    return {
-        rank for rank, place in enumerate(places) if all(place[axis] == home[axis] for axis in place if axis not in cut)
-    }
+    return {rank for rank, place in enumerate(places) if all(place[axis] == home[axis] for axis in place if axis not in cut)}

@@ -34,8 +34,8 @@ def symmetric_matmul(
     """``alpha * a @ b.mT + beta * add + diagonal * I`` where that is symmetric.
 
     Args:
-        a, b: [N, rows, depth], each matrix contiguous, of one dtype (float16, bfloat16 or float32); ``a`` itself, or for symmetric
-            matrices that commute the other one.
+        a, b: [N, rows, depth], each matrix contiguous, of one dtype (float16, bfloat16 or float32): the same tensor twice, or
+            symmetric matrices that commute.
         add: symmetric [N, rows, rows], contiguous, same dtype.
 
     Returns:

@@ -14,8 +14,8 @@ from l3m_like.distributed.gradients import local
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW (Loshchilov and Hutter, arXiv:1711.05101) whose state is made at construction.
 
-    ``step(found_inf, grad_scale)``, both float32 device scalars: with ``found_inf`` 1.0 weights, moments and step counts stay as they
-    are; gradients are divided by ``grad_scale`` inside of the kernel (and left so). No host sync.
+    ``step(found_inf, grad_scale)``, both float32 device scalars: with ``found_inf`` 1.0 weights, moments and step counts stay as
+    they are; gradients are divided by ``grad_scale`` inside of the kernel (and left so). No host sync.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: Sequence[float], eps: float) -> None:

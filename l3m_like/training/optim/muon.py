@@ -1,5 +1,5 @@
-"""Muon: momentum whose direction is orthogonalised (Keller Jordan, https://kellerjordan.github.io/posts/muon/; at scale: Liu et al.,
-"Muon is Scalable for LLM Training", arXiv:2502.16982)."""
+"""Muon: momentum whose direction is orthogonalised (Keller Jordan, https://kellerjordan.github.io/posts/muon/; at scale: Liu et
+al., "Muon is Scalable for LLM Training", arXiv:2502.16982)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def scale_of(rows: int, cols: int, scale: str) -> float:
 class Muon:
     """``M = mu M + G; U = G + mu M; W = (1 - lr wd) W - lr scale NewtonSchulz(U)``, on whole matrices whatever the mesh.
 
-    Each matrix is orthogonalised on one rank (``distributed/owners.py``). The momentum M is sharded like the parameter, in at least
-    float32. A matrix without a gradient counts as one whose gradient is zero.
+    Each matrix is orthogonalised on one rank (``distributed/owners.py``). The momentum M is sharded like the parameter, in at
+    least float32. A matrix without a gradient counts as one whose gradient is zero.
 
     Args:
         groups: as ``parameter_groups`` makes them; of two-dimensional parameters.

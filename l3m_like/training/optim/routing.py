@@ -46,8 +46,8 @@ def optim_specs(parts: Mapping[str, MetaModel]) -> dict[str, tuple[str | int, st
                 parameter = _parameter(module, leaf, f"{prefix}.{path}".strip("."))
                 if said != "adamw" and not (isinstance(said, int) and said > 0 and parameter.shape[0] % said == 0):
                     raise UserError(
-                        f"optim_spec of {kind} says {said!r} of '{where}' {tuple(parameter.shape)}; it is 'adamw', or a number of "
-                        "parts that divides its rows."
+                        f"optim_spec of {kind} says {said!r} of '{where}' {tuple(parameter.shape)}; it is 'adamw', or a number "
+                        "of parts that divides its rows."
                     )
                 for alias in names[id(parameter)]:
                     found[f"{prefix}.{alias}" if prefix else alias] = said, kind
@@ -100,7 +100,7 @@ def listing(made: Iterable[Route], owners: Mapping[str, int] | None = None) -> l
         split = f" in {route.split} parts" if route.split > 1 else ""
         shape = " x ".join(map(str, route.shape)) + split
         alike.setdefault((route.to, re.sub(r"\.\d+(?=\.|$)", ".#", route.name), shape, route.why), []).append(route)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (to, pattern, shape, why), some in sorted(alike.items(), key=lambda item: item[0][0] != "muon"):
         numbers = [re.findall(r"\.(\d+)(?=\.|$)", route.name) for route in some]
         name = pattern
