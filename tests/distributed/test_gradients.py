@@ -260,6 +260,29 @@ def test_state_exists_from_construction_and_found_inf_leaves_it_alone() -> None:
                 torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 3.7])
+def test_adamw_divides_gradients(dtype: torch.dtype, scale: float) -> None:
+    """As if they had been divided before; a first step hides it (its size is the learning rate), so there are three."""
+    torch.manual_seed(0)
+    made = []
+    for _ in range(2):
+        parameters = {"w": nn.Parameter(torch.ones(4, 3, dtype=dtype)), "b": nn.Parameter(torch.ones(3, dtype=dtype))}
+        made.append((AdamW(parameter_groups(parameters, lr=0.1, weight_decay=0.5), betas=(0.9, 0.95), eps=1e-3), parameters))
+    divisor = torch.tensor(scale)
+    for number in range(3):
+        for name in ("w", "b"):
+            gradient = torch.randn(made[0][1][name].shape, dtype=dtype) * 10**number
+            made[0][1][name].grad = gradient.clone()
+            made[1][1][name].grad = gradient / divisor.to(dtype)
+        made[0][0].step(torch.zeros(()), divisor)
+        made[1][0].step(torch.zeros(()), None)
+    for ours, theirs in zip(*(optimizer.named_state().values() for optimizer, _ in made), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for name in ("w", "b"):
+        torch.testing.assert_close(made[0][1][name], made[1][1][name])
+
+
 def test_parameter_groups() -> None:
     parameters = {
         name: nn.Parameter(torch.zeros(shape))
