@@ -152,7 +152,9 @@ class Optim:
         [],
         "Glob patterns of further parameters without weight decay; norms and biases (fewer than two dimensions) have none.",
     )
-    muon: Muon | None = setting(None, "Settings of Muon, with `name: muon` (null: its defaults). See optimizers.md.")
+    muon: Muon | None = setting(
+        None, "Settings of Muon, with `name: muon`. null: its defaults. See [optimizers.md](optimizers.md)."
+    )
 
     def __post_init__(self) -> None:
         if self.name == "muon" and self.muon is None:

@@ -94,7 +94,7 @@ class Update:
         bad = self.guard.bad(norm)
         clip = self.settings.clip
         # the optimizers divide by it where they read the gradients: clipping costs no pass of its own
-        excess = None if clip is None else ((norm + 1e-6) / clip).clamp(min=1.0).float()
+        excess = None if clip is None else ((norm + 1e-6) / clip).clamp(min=1.0)
         self.optimizer.set_lr_scale(lr_scale)
         self.optimizer.step(found_inf=bad, grad_scale=excess)
         self.optimizer.zero_grad(set_to_none=True)

@@ -269,12 +269,12 @@ def test_adamw_divides_gradients(dtype: torch.dtype, scale: float) -> None:
     for _ in range(2):
         parameters = {"w": nn.Parameter(torch.ones(4, 3, dtype=dtype)), "b": nn.Parameter(torch.ones(3, dtype=dtype))}
         made.append((AdamW(parameter_groups(parameters, lr=0.1, weight_decay=0.5), betas=(0.9, 0.95), eps=1e-3), parameters))
-    divisor = torch.tensor(scale)
+    divisor = torch.tensor(scale, dtype=dtype)
     for number in range(3):
         for name in ("w", "b"):
             gradient = torch.randn(made[0][1][name].shape, dtype=dtype) * 10**number
             made[0][1][name].grad = gradient.clone()
-            made[1][1][name].grad = gradient / divisor.to(dtype)
+            made[1][1][name].grad = gradient / divisor
         made[0][0].step(torch.zeros(()), divisor)
         made[1][0].step(torch.zeros(()), None)
     for ours, theirs in zip(*(optimizer.named_state().values() for optimizer, _ in made), strict=True):

@@ -14,8 +14,8 @@ from l3m_like.distributed.gradients import local
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW (Loshchilov and Hutter, arXiv:1711.05101) whose state is made at construction.
 
-    ``step(found_inf, grad_scale)``, both float32 device scalars: with ``found_inf`` 1.0 weights, moments and step counts stay as
-    they are; gradients are divided by ``grad_scale`` inside of the kernel (and left so). No host sync.
+    ``step(found_inf, grad_scale)``, both device scalars: with ``found_inf`` 1.0 weights, moments and counts stay as they are;
+    gradients are divided by ``grad_scale`` inside of the kernel (and left so). No host sync.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: Sequence[float], eps: float) -> None:
@@ -30,6 +30,11 @@ class AdamW(torch.optim.AdamW):
                 }
 
     def step(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:  # type: ignore[override]
+        if grad_scale is not None and grad_scale.dtype == torch.float64:
+            # the kernel takes a float32, which would round what float64 runs are for; they may take the pass over the gradients
+            grads = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(grads, grad_scale)
+            grad_scale = None
         self.found_inf, self.grad_scale = found_inf, grad_scale
         super().step()
 
