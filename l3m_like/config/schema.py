@@ -107,10 +107,34 @@ class Group:
 
 
 @dataclass(kw_only=True)
+class Muon:
+    """Muon on hidden matrices; AdamW, with the settings of `optim`, on everything else."""
+
+    momentum: float = setting(0.95, "Decay of the momentum.", at_least=0)
+    nesterov: bool = setting(True, "Orthogonalise gradient + momentum x M instead of M.")
+    steps: int = setting(5, "Newton-Schulz steps.", at_least=1)
+    scale: str = setting(
+        "rms",
+        "Factor on the update. rms: 0.2 sqrt(max(rows, cols)), as large as AdamW's, so that both share a learning rate; "
+        "spectral: sqrt(max(1, rows / cols)).",
+        choices=("rms", "spectral"),
+    )
+    per_head: bool = setting(False, "Orthogonalise the query, key and value matrices head by head.")
+    adamw_lr: float | None = setting(None, "Peak learning rate of what AdamW trains. null: optim.lr.", at_least=0)
+    include: list[str] = setting([], "Glob patterns of matrices that go to Muon although their layer says AdamW.")
+    exclude: list[str] = setting([], "Glob patterns of matrices that go to AdamW.")
+
+    def problem(self) -> str | None:
+        if self.momentum >= 1:
+            return f"momentum = {self.momentum}: it must be below 1."
+        return None
+
+
+@dataclass(kw_only=True)
 class Optim:
     """The optimizer."""
 
-    name: str = setting("adamw", "The optimizer.", choices=("adamw",))
+    name: str = setting("adamw", "The optimizer.", choices=("adamw", "muon"))
     lr: float = setting(doc="Peak learning rate.", at_least=0)
     betas: list[float] = setting([0.9, 0.95], "Decay of the first and second moment.")
     eps: float = setting(1e-8, "Added to the root of the second moment.", above=0)
@@ -128,8 +152,17 @@ class Optim:
         [],
         "Glob patterns of further parameters without weight decay; norms and biases (fewer than two dimensions) have none.",
     )
+    muon: Muon | None = setting(
+        None, "Settings of Muon, with `name: muon`. null: its defaults. See [optimizers.md](optimizers.md)."
+    )
+
+    def __post_init__(self) -> None:
+        if self.name == "muon" and self.muon is None:
+            self.muon = Muon()
 
     def problem(self) -> str | None:
+        if self.name != "muon" and self.muon is not None:
+            return f"muon: optim.name is {self.name}, so nothing would read it. Remove it (muon: null), or write name: muon."
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             return f"betas = {self.betas}: two numbers in [0, 1) are needed, e.g. [0.9, 0.95]."
         return None

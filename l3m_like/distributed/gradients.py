@@ -73,8 +73,3 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     if total is None:
         raise RuntimeError("no gradients")
     return total.sqrt()
-
-
-def scale_gradients(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply every gradient by a device scalar."""
-    torch._foreach_mul_([local(gradient) for gradient in gradients], factor)

@@ -108,6 +108,9 @@ class Attention(nn.Module):
             plan |= {"q_norm": "summed", "k_norm": "summed"}
         return plan
 
+    def optim_spec(self) -> dict[str, str | int]:
+        return {"q_proj.weight": self.num_heads, "k_proj.weight": self.num_kv_heads, "v_proj.weight": self.num_kv_heads}
+
     def init_spec(self) -> dict[str, Init]:
         inner = self.weight_init
         if isinstance(inner, XavierUniform):

@@ -48,5 +48,8 @@ class TimeEmbed(nn.Module):
     def tp_plan(self) -> dict[str, str]:
         return {"up": "replicated", "down": "replicated"}
 
+    def optim_spec(self) -> dict[str, str | int]:
+        return {"up.weight": "adamw", "down.weight": "adamw"}
+
     def init_spec(self) -> dict[str, Init]:
         return {"up.weight": Normal(0.02), "up.bias": Zeros(), "down.weight": Normal(0.02), "down.bias": Zeros()}

@@ -27,6 +27,9 @@ class Modulation(nn.Module):
     def tp_plan(self) -> dict[str, str]:
         return {"proj": "replicated"}
 
+    def optim_spec(self) -> dict[str, str | int]:
+        return {"proj.weight": "adamw"}  # it makes scales and gates, which AdamW trains where they are parameters
+
     def init_spec(self) -> dict[str, Init]:
         return {"proj.weight": Zeros(), "proj.bias": Zeros()}
 

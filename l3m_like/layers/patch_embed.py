@@ -56,5 +56,8 @@ class PatchProjection(nn.Module):
     def tp_plan(self) -> dict[str, str]:
         return {"proj": "replicated"}
 
+    def optim_spec(self) -> dict[str, str | int]:
+        return {"proj.weight": "adamw"}
+
     def init_spec(self) -> dict[str, Init]:
         return {"proj.weight": XavierUniform(), "proj.bias": Zeros()}

@@ -34,7 +34,7 @@ from l3m_like.training.evaluate import Evaluations
 from l3m_like.training.flops import FORMULA, StepFlops
 from l3m_like.training.init import init_specs, materialize, random_weights
 from l3m_like.training.memory import Activations, become_local, measure_activations, sharding, static_bytes
-from l3m_like.training.optim import parameter_groups
+from l3m_like.training.optim import Route, groups_of, listing, routes
 from l3m_like.training.schedule import Schedule
 from l3m_like.training.start_from import find_checkpoint
 from l3m_like.training.train import Plan, plan
@@ -112,7 +112,7 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
     check_lanes(cfg.batch.global_, cfg.batch.micro or max(1, cfg.batch.global_ // dp_size), dp_size, lanes)
     with fake_mesh(cfg, processes) as mesh:
         run = plan(cfg, dp_size)
-        _check_optimizer(cfg, run)
+        made = _check_optimizer(cfg, run)
         sharded = _check_mesh(cfg, run, mesh)
         inference = _check_sampler(cfg, run.model)
         evaluations = Evaluations(cfg, run.parts, run.losses, mesh, run.micro_rows)
@@ -136,7 +136,8 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
         activations = measure_activations(
             run.model, run.updates, meta, checkpointing=cfg.parallel.checkpoint, shards=shards, mesh=replace(mesh, world_size=1)
         )
-    static = static_bytes(sharded, ema=cfg.ema is not None)
+    muon = {route.name for route in made if route.to == "muon"}
+    static = static_bytes(sharded, ema=cfg.ema is not None, muon=muon)
     memory, memory_numbers = _memory_section(cfg, run, static, activations, sharded, processes)
     parameters, parameter_numbers = _parameter_section(sharded)
     warnings = [*run.wiring.warnings, *_directory(cfg)]
@@ -146,6 +147,7 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
         *_wiring_sections(trace),
         Section("warnings", notes=warnings or ["none"]),
         parameters,
+        *([Section("optimizers", [row[:-1] for row in listing(made)], right=(3,))] if muon else []),
         memory,
         flops,
     ]
@@ -178,18 +180,20 @@ def fake_mesh(cfg: RunConfig, processes: int) -> Iterator[Mesh]:
 # ---- the checks ----------------------------------------------------------------------------------------------------
 
 
-def _check_optimizer(cfg: RunConfig, run: Plan) -> None:
-    """Every parameter in one update and one group; a schedule that fits the run."""
+def _check_optimizer(cfg: RunConfig, run: Plan) -> list[Route]:
+    """Every parameter in one update and one group; a schedule that fits the run. The routes, where there is Muon."""
     assign_parameters(run.updates, {name: p for name, p in run.model.named_parameters() if p.requires_grad})
+    made: list[Route] = []
     for update in run.updates:
         optim = update.settings
-        parameter_groups(
-            update.parameters, lr=optim.lr, weight_decay=optim.weight_decay, groups=optim.groups, no_decay=optim.no_decay or ()
-        )
+        groups_of(update.parameters, optim, optim.lr)
+        if optim.muon is not None:
+            made += routes(update.parameters, update.parts, optim.muon)
     shape = cfg.schedule
     # with `epochs` the data decides how long the run is: what is then a number of steps cannot be compared
     total = run.steps or max([2, *(2 * int(n) + 2 for n in (shape.warmup, shape.decay or 0) if n >= 1)])
     Schedule(shape.name, total=total, warmup=shape.warmup, decay=shape.decay, floor=shape.floor)
+    return made
 
 
 def _check_mesh(cfg: RunConfig, run: Plan, mesh: Mesh) -> nn.Module:
@@ -373,7 +377,7 @@ def _memory_section(
     elsewhere = "" if worst.activations == activations.peak else f"; at another moment {_gb(activations.peak)}"
     terms = [
         ("parameters", static["parameters"], "master weights, this rank's shard", shards),
-        ("optimizer", static["optimizer"], "two moments of every trained weight", shards),
+        ("optimizer", static["optimizer"], _state_kept(run), shards),
         *([("average", static["ema"], "fp32 average of the trained weights", f"{shards}, ema: null")] if "ema" in static else []),
         (
             "gradients",
@@ -396,6 +400,11 @@ def _memory_section(
     numbers = {name: size for name, size, _, _ in terms} | {"saved": activations.saved, "total": total}
     title = f"memory per rank ({processes} process{'es' if processes > 1 else ''})"
     return Section(title, rows, notes=notes, right=(1,)), {"memory": numbers}
+
+
+def _state_kept(run: Plan) -> str:
+    muon = [update.settings.muon is not None for update in run.updates]
+    return "two moments of every trained weight" + (", one of what Muon trains" if any(muon) else "")
 
 
 def _gb(size: int) -> str:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
 
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal, Ones, Uniform, Zeros
 from l3m_like.core.meta_model import Frozen, MetaModel
 from l3m_like.distributed.gradients import local
+from l3m_like.distributed.owners import shard_bounds
 
 
 def _fan_in_uniform(module: nn.Module) -> dict[str, Init]:
@@ -73,17 +73,8 @@ def init_specs(root: nn.Module) -> dict[str, Init]:
 
 def shard_index(parameter: Tensor) -> list[Tensor]:
     """Per dimension, the global indices of this rank's part of ``parameter`` (int64 vectors)."""
-    index = [torch.arange(size) for size in parameter.shape]
-    if isinstance(parameter, DTensor):
-        placed = [(axis, p) for axis, p in enumerate(parameter.placements) if not p.is_replicate()]
-        # a strided shard (FSDP over TP) cuts what the axes after it have already cut
-        placed.sort(key=lambda item: isinstance(item[1], _StridedShard))
-        for axis, placement in placed:
-            assert isinstance(placement, (Shard, _StridedShard))
-            size, rank = parameter.device_mesh.size(axis), parameter.device_mesh.get_local_rank(axis)
-            chunks = index[placement.dim].chunk(size)
-            index[placement.dim] = chunks[rank] if rank < len(chunks) else index[placement.dim][:0]
-    return index
+    coordinate = parameter.device_mesh.get_coordinate() if isinstance(parameter, DTensor) else ()
+    return [torch.arange(low, high) for low, high in shard_bounds(parameter, coordinate or ())]
 
 
 @torch.no_grad()

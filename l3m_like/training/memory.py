@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,14 +63,21 @@ def local_bytes(tensors: Iterable[Tensor], *, at_least: torch.dtype | None = Non
     return sum(local(t).numel() * torch.promote_types(t.dtype, at_least or t.dtype).itemsize for t in tensors)
 
 
-def static_bytes(model: nn.Module, *, ema: bool) -> dict[str, int]:
-    """Bytes of parameters (and buffers), gradients, AdamW's state and averages on this rank, of a model that ``parallelize``
-    has sharded (it may be on meta). Gradients are as large as this when all of them are sharded."""
+def static_bytes(model: nn.Module, *, ema: bool, muon: Collection[str] = ()) -> dict[str, int]:
+    """Bytes of parameters (and buffers), gradients, optimizer state and averages on this rank, of a model that ``parallelize``
+    has sharded (it may be on meta). Gradients are as large as this when all of them are sharded.
+
+    ``muon``: names of the parameters that Muon trains; it keeps one momentum, in at least float32.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for name, p in model.named_parameters() if name in muon]
+    adamw = [p for name, p in model.named_parameters() if p.requires_grad and name not in muon]
+    # AdamW: two moments like the parameter, and a float32 step count
+    state = local_bytes(matrices, at_least=torch.float32) + 2 * local_bytes(adamw) + 4 * len(adamw)
     sizes = {
         "parameters": local_bytes([*model.parameters(), *model.buffers()]),
         "gradients": local_bytes(trained),
-        "optimizer": 2 * local_bytes(trained) + 4 * len(trained),  # two moments like the parameter, and a float32 step count
+        "optimizer": state,
     }
     return sizes | ({"ema": local_bytes(trained, at_least=torch.float32)} if ema else {})
 

@@ -19,10 +19,10 @@ from l3m_like.core.block import Data
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.meta_model import Graph, MetaModel
 from l3m_like.core.wiring import Program
-from l3m_like.distributed.gradients import gradient_norm, scale_gradients, sum_partial_gradients, tp_summed_parameters
+from l3m_like.distributed.gradients import gradient_norm, sum_partial_gradients, tp_summed_parameters
 from l3m_like.distributed.mesh import Mesh
 from l3m_like.losses.loss import Loss
-from l3m_like.training.optim import AdamW, Guard, matching, parameter_groups
+from l3m_like.training.optim import Guard, build_optimizer, matching
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Update:
     settings: Any
     start: int = 0
     every: int = 1
+    precision: str = "fp32"
     adaptive: AdaptiveWeight | None = None
     graphs: Mapping[str, Graph] = field(default_factory=dict)
     keep: tuple[str, ...] = ()
@@ -50,11 +51,7 @@ class Update:
 
     def prepare(self, mesh: Mesh, guard: Guard) -> None:
         """Build the optimizer over this update's (sharded) parameters."""
-        optim = self.settings
-        groups = parameter_groups(
-            self.parameters, lr=optim.lr, weight_decay=optim.weight_decay, groups=optim.groups, no_decay=optim.no_decay or ()
-        )
-        self.optimizer = AdamW(groups, betas=optim.betas, eps=optim.eps)
+        self.optimizer = build_optimizer(self.parameters, self.parts, self.settings, mesh, self.precision)
         self.guard = guard
         if self.adaptive is not None:
             self.adaptive.refuse_cut(self.name)
@@ -95,10 +92,11 @@ class Update:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = mesh.agree(gradient_norm(gradients))
         bad = self.guard.bad(norm)
-        if self.settings.clip is not None:
-            scale_gradients(gradients, (self.settings.clip / (norm + 1e-6)).clamp(max=1.0))
+        clip = self.settings.clip
+        # the optimizers divide by it where they read the gradients: clipping costs no pass of its own
+        excess = None if clip is None else ((norm + 1e-6) / clip).clamp(min=1.0)
         self.optimizer.set_lr_scale(lr_scale)
-        self.optimizer.step(found_inf=bad)
+        self.optimizer.step(found_inf=bad, grad_scale=excess)
         self.optimizer.zero_grad(set_to_none=True)
         for part in self.parts.values():
             for _, block in part.blocks():
@@ -184,6 +182,7 @@ def plan_updates(cfg: Any, parts: Mapping[str, MetaModel], losses: Mapping[str, 
         if all(loss.weight is None for loss in terms.values()):
             raise UserError(f"updates.{name}: none of its terms has a weight, so it would train nothing.")
         made = Update(name, chosen, terms, update.params or ["*"], update.settings(cfg.optim), update.start, update.every)
+        made.precision = cfg.parallel.precision
         if update.adaptive:
             made.adaptive = _adaptive(name, update.adaptive, terms)
             made.adaptive.attach(chosen)

@@ -159,9 +159,10 @@ def recording(into: Record, drawn: Sequence[str] = ()) -> Iterator[None]:
         into.gradients.append({name: Piece.of(p.grad) for name, p in parameters.items() if p.grad is not None})
         return norm(gradients)
 
-    def recorded_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        into.stepped.append(float(norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])))
-        return optimizer_step(self, *args, **kwargs)
+    def recorded_step(self: Any, found_inf: Any = None, grad_scale: Any = None) -> Any:
+        total = float(norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]))
+        into.stepped.append(total if grad_scale is None else total / float(grad_scale))
+        return optimizer_step(self, found_inf, grad_scale)
 
     def recorded_average(self: Any, *args: Any) -> None:
         average(self, *args)

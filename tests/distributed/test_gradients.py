@@ -28,7 +28,7 @@ MESHES: list[Any] = [{}, {"dp_shard": 2}, {"tp": 2}, pytest.param(BOTH, marks=py
 
 def mixed() -> list[float]:
     """Gradients of every kind that a mesh of dp_shard 2 x tp 2 holds, and of another mesh besides."""
-    from l3m_like.distributed.gradients import gradient_norm, scale_gradients
+    from l3m_like.distributed.gradients import gradient_norm
     from l3m_like.distributed.mesh import build_mesh
 
     mesh = build_mesh({"dp_shard": 2, "tp": 2})
@@ -51,15 +51,15 @@ def mixed() -> list[float]:
     norm = gradient_norm(gradients)
     assert norm.dtype == torch.float64
     expected = torch.cat([g.flatten() for g in full]).norm()
-    scale_gradients(gradients, torch.tensor(0.5, dtype=torch.float64))
+    half = [gradient * 0.5 for gradient in gradients]
     with pytest.raises(RuntimeError, match="partial sum"):
         gradient_norm([DTensor.from_local(full[0], dp, [Partial()])])
     with pytest.raises(RuntimeError, match="no gradients"):
         gradient_norm([])
     # a norm that forgets that replicas are copies
-    wrong = torch.stack([(g.to_local() if isinstance(g, DTensor) else g).square().sum() for g in gradients]).sum()
+    wrong = torch.stack([(g.to_local() if isinstance(g, DTensor) else g).square().sum() for g in half]).sum()
     torch.distributed.all_reduce(wrong)
-    return [float(norm), float(expected), float(gradient_norm(gradients)), float(wrong.sqrt())]
+    return [float(norm), float(expected), float(gradient_norm(half)), float(wrong.sqrt())]
 
 
 def _place(full: Tensor, mesh: Any, placements: Any) -> DTensor:
@@ -258,6 +258,29 @@ def test_state_exists_from_construction_and_found_inf_leaves_it_alone() -> None:
             reference.step()
             for p, q in zip(model.parameters(), theirs, strict=True):
                 torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 3.7])
+def test_adamw_divides_gradients(dtype: torch.dtype, scale: float) -> None:
+    """As if they had been divided before; a first step hides it (its size is the learning rate), so there are three."""
+    torch.manual_seed(0)
+    made = []
+    for _ in range(2):
+        parameters = {"w": nn.Parameter(torch.ones(4, 3, dtype=dtype)), "b": nn.Parameter(torch.ones(3, dtype=dtype))}
+        made.append((AdamW(parameter_groups(parameters, lr=0.1, weight_decay=0.5), betas=(0.9, 0.95), eps=1e-3), parameters))
+    divisor = torch.tensor(scale, dtype=dtype)
+    for number in range(3):
+        for name in ("w", "b"):
+            gradient = torch.randn(made[0][1][name].shape, dtype=dtype) * 10**number
+            made[0][1][name].grad = gradient.clone()
+            made[1][1][name].grad = gradient / divisor
+        made[0][0].step(torch.zeros(()), divisor)
+        made[1][0].step(torch.zeros(()), None)
+    for ours, theirs in zip(*(optimizer.named_state().values() for optimizer, _ in made), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for name in ("w", "b"):
+        torch.testing.assert_close(made[0][1][name], made[1][1][name])
 
 
 def test_parameter_groups() -> None:

@@ -19,13 +19,15 @@ from torch import Tensor
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.data.loader import EvalLoader
+from l3m_like.distributed.mesh import build_mesh
 from l3m_like.distributed.parallelize import parallelize
 from l3m_like.training.check import check, examine, fake_mesh, run_roots
 from l3m_like.training.init import initialize, materialize
 from l3m_like.training.memory import Activations, LiveBytes, become_local, measure_activations, sharding, static_bytes
-from l3m_like.training.optim import EMA, AdamW, parameter_groups
+from l3m_like.training.optim import EMA, AdamW, Guard, parameter_groups
 from l3m_like.training.train import plan
 from l3m_like.training.updates import assign_parameters
+from tests.distributed import pool
 from tests.generate.tiny import CONFIGS, OVERRIDES
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +113,28 @@ def test_weights_gradients_optimizer_and_average_are_exact(name: str) -> None:
     meta = plan(config(name), 1).model
     assert static_bytes(meta, ema=True) == expected
     assert "ema" not in static_bytes(meta, ema=False)
+
+
+@pytest.mark.parametrize("name", ["llm", "sit"])
+def test_the_state_of_muon_is_exact(name: str) -> None:
+    """One momentum where AdamW has two moments; and the report says what goes where."""
+    settings = config(name, "optim.name=muon")
+    (optimizer,) = pool.run(1, muon_state, settings)
+    report = examine(settings, model_only=True)
+    assert report.numbers["memory"]["optimizer"] == optimizer
+    assert optimizer < examine(config(name), model_only=True).numbers["memory"]["optimizer"]
+    assert "muon   trunk.layers.{0-" in str(report) and "one of what Muon trains" in str(report)
+    with pytest.raises(UserError, match="optim.muon.exclude: the pattern 'nope'"):
+        examine(config(name, "optim.name=muon", "optim.muon.exclude=[nope]"), model_only=True)
+
+
+def muon_state(cfg: Any) -> int:
+    run = plan(cfg, 1)
+    for part in run.parts.values():
+        materialize(part, torch.device("cpu"))
+    assign_parameters(run.updates, dict(run.model.named_parameters()))
+    run.updates[0].prepare(build_mesh({}), Guard(torch.device("cpu"), spike=None, window=2))
+    return sum(value.numel() * value.itemsize for value in run.updates[0].optimizer.named_state().values())
 
 
 def test_shards_are_as_large_as_the_mesh_makes_them() -> None:

@@ -56,5 +56,8 @@ class LanguageModelHead(ReadWriteBlock):
     def tp_plan(self) -> dict[str, str]:
         return {"norm": "replicated", "proj": "vocab"}
 
+    def optim_spec(self) -> dict[str, str | int]:
+        return {"proj.weight": "adamw"}
+
     def init_spec(self) -> dict[str, Init]:
         return {"norm.weight": Ones(), "proj.weight": Normal(0.02)}

@@ -59,5 +59,8 @@ class PatchDecode(ReadWriteBlock):
     def tp_plan(self) -> dict[str, str]:
         return {"proj": "replicated"}
 
+    def optim_spec(self) -> dict[str, str | int]:
+        return {"proj.weight": "adamw"}
+
     def init_spec(self) -> dict[str, Init]:
         return {"proj.weight": Zeros(), "proj.bias": Zeros()}

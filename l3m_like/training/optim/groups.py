@@ -1,0 +1,61 @@
+"""Parameter groups: patterns over names, each checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from l3m_like.core.errors import UserError, did_you_mean
+
+
+def matching(patterns: str | Sequence[str], names: Iterable[str], where: str) -> list[str]:
+    """The ``names`` that a shell-style pattern (``trunk.*.q_proj.weight``) matches; each pattern must match one.
+
+    Raises:
+        UserError: a pattern that matches nothing, with the nearest name.
+    """
+    names = list(names)
+    found: dict[str, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = [name for name in names if fnmatchcase(name, pattern)]
+        if not hits:
+            raise UserError(f"{where}: the pattern '{pattern}' matches no parameter. {did_you_mean(pattern, names)}")
+        found |= dict.fromkeys(hits)
+    return list(found)
+
+
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    lr: float,
+    weight_decay: float,
+    groups: Mapping[str, Mapping[str, Any]] | None = None,
+    no_decay: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: disjoint, complete, each pattern matching something.
+
+    Matrices decay; parameters with fewer than two dimensions (norms, biases) and those that ``no_decay`` names do not.
+    A named group overrides both with its own ``lr_scale`` and ``weight_decay``.
+    """
+    owner: dict[str, str] = {}
+    settings: dict[str, Mapping[str, Any]] = {}
+    for name, group in (groups or {}).items():
+        settings[name] = group
+        for hit in matching(group["params"], parameters, f"optim.groups.{name}.params"):
+            if hit in owner:
+                raise UserError(f"optim.groups: '{hit}' is in both '{owner[hit]}' and '{name}'; make the patterns disjoint.")
+            owner[hit] = name
+    exempt = set(matching(no_decay, parameters, "optim.no_decay")) if no_decay else set()
+    made: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        group = settings.get(owner.get(name, ""), {})
+        decay = 0.0 if parameter.ndim < 2 or name in exempt else weight_decay
+        decay = decay if group.get("weight_decay") is None else float(group["weight_decay"])
+        rate = lr * float(group.get("lr_scale") or 1.0)
+        row = made.setdefault((rate, decay), {"params": [], "names": [], "lr": rate, "peak_lr": rate, "weight_decay": decay})
+        row["params"].append(parameter)
+        row["names"].append(name)
+    return list(made.values())
