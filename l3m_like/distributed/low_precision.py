@@ -3,7 +3,8 @@
 A module's registered parameters stay the fp32 masters: optimizers, averages and checkpoints see nothing else. Its attribute
 (``module.weight``), which is what a forward reads, is a bf16 copy: an entry of the instance's own dictionary, which Python looks
 up before it asks ``nn.Module`` for a parameter. The copies are made at the first forward and brought up to date, all in one
-call, at the first one after the masters have changed. A copy's gradient goes to its master in fp32, and is summed there.
+call, at the first one after the masters have changed. A copy's gradient is handed to its master, and further ones are summed
+there in fp32.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class LowPrecision:
             self._make(root)
         for master, copy in zip(self.masters, self.copies, strict=True):
             copy.requires_grad_(master.requires_grad)
-        versions = [master._version for master in self.masters]
-        if versions != self.versions:
-            self.versions = versions
+        old = [i for i, master in enumerate(self.masters) if master._version != self.versions[i]]
+        if old:
             with torch.no_grad():
-                torch._foreach_copy_(self.copies, self.masters)
+                torch._foreach_copy_([self.copies[i] for i in old], [self.masters[i] for i in old])
+            for i in old:
+                self.versions[i] = self.masters[i]._version
 
     def _make(self, root: nn.Module) -> None:
         copies: dict[int, nn.Parameter] = {}
@@ -51,17 +53,25 @@ class LowPrecision:
                         copy.register_post_accumulate_grad_hook(_hand_over_to(master))
                     copies[id(master)] = copy
                     self.masters.append(master)
+                    self.versions.append(-1)
+                    master.low_precision_copy = copy  # type: ignore[attr-defined]
+                    master.grad_dtype = None  # any: that of the copy
                 module.__dict__[name] = copies[id(master)]
         self.copies = list(copies.values())
+
+
+def copy_of(master: Tensor) -> Tensor | None:
+    """The low-precision copy of a parameter. Whoever writes a master without autograd's knowledge (a kernel) writes it too."""
+    return getattr(master, "low_precision_copy", None)
 
 
 def _hand_over_to(master: nn.Parameter) -> Callable[[Tensor], None]:
     def hand_over(copy: Tensor) -> None:
         assert copy.grad is not None
         if master.grad is None:
-            master.grad = copy.grad.to(master.dtype)
+            master.grad = copy.grad
         else:
-            master.grad.add_(copy.grad)
+            master.grad = master.grad.to(master.dtype).add_(copy.grad)
         copy.grad = None
 
     return hand_over

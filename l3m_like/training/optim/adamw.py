@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from l3m_like.distributed.gradients import local
+from l3m_like.distributed.low_precision import copy_of
+from l3m_like.kernels.adamw import adamw, takes
 
 
 class AdamW(torch.optim.AdamW):
@@ -35,8 +37,31 @@ class AdamW(torch.optim.AdamW):
             grads = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_div_(grads, grad_scale)
             grad_scale = None
+        self._step_large(found_inf, grad_scale)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
+                    parameter.grad = parameter.grad.to(parameter.dtype)
         self.found_inf, self.grad_scale = found_inf, grad_scale
         super().step()
+
+    @torch.no_grad()
+    def _step_large(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """Step what our kernel takes, and drop its gradients, so that torch passes it over."""
+        counts = []
+        for group in self.param_groups:
+            settings = {name: group[name] for name in ("lr", "eps", "weight_decay")} | {"betas": group["betas"]}
+            for parameter in group["params"]:
+                if parameter.grad is None or not takes(local(parameter)):
+                    continue
+                state = self.state[parameter]
+                moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
+                scalars = {"found_inf": found_inf, "grad_scale": grad_scale, "copy": copy_of(parameter)}
+                adamw(local(parameter), local(parameter.grad), *moments, state["step"], **settings, **scalars)
+                counts.append(state["step"])
+                parameter.grad = None
+        if counts:
+            torch._foreach_add_(counts, 1.0 if found_inf is None else 1.0 - found_inf)
 
     def set_lr_scale(self, scale: float) -> None:
         for group in self.param_groups:
