@@ -106,8 +106,7 @@ def bench(
         raise UserError(f"bench: {steps} steps after {warmup} of warm-up; at least 1 of each are needed.")
     if overhead and (keep_ema or profile is not None):
         raise UserError("bench --overhead: the loop written by hand has no average of weights and no profile; leave these out.")
-    # one more, in which the last is known to be over; and those of the profile with one that warms the profiler up
-    cfg.steps, cfg.epochs, cfg.tokens = warmup + steps + 1 + PROFILED + 1, None, None
+    cfg.steps, cfg.epochs, cfg.tokens = run_length(steps, warmup), None, None
     cfg.ema = cfg.ema if keep_ema else None
     cfg.evals, cfg.checkpoint.every, cfg.checkpoint.resume = {}, None, "auto"
     cfg.log.every, cfg.log.console, cfg.log.wandb, cfg.log.tensorboard, cfg.log.aim = LOG_EVERY, False, None, False, False
@@ -146,6 +145,12 @@ def bench(
                 "plain_losses": torch.stack(plain.losses[warmup:]).tolist(),
             }
     return result
+
+
+def run_length(steps: int, warmup: int) -> int:
+    """Steps of the run that is timed, which its schedule sees: one more, in which the last timed one is known to be over, and
+    those of a profile with one that warms the profiler up."""
+    return warmup + steps + 1 + PROFILED + 1
 
 
 def summary(cfg: RunConfig, mesh: Mesh, watch: Watch, warmup: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import statistics
 import sys
@@ -23,13 +24,16 @@ from l3m_like.core.errors import UserError
 from l3m_like.data.loader import Loader
 from l3m_like.distributed.mesh import Mesh, build_mesh
 from l3m_like.pretrained import export_state
-from l3m_like.training.bench import bench, peak_memory
+from l3m_like.training.bench import bench, peak_memory, run_length
 from l3m_like.training.flops import FORMULA, peak_flops
 from l3m_like.training.init import initialize, materialize
 from l3m_like.training.metrics import short
 from l3m_like.training.peers import Batch, Decoder, Diffusion, Peer, Variant, chosen_variants, sizes_of, versions
 from l3m_like.training.schedule import Schedule
 from l3m_like.training.train import Plan, plan
+
+#: is told of every phase
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Reference:
 
     device: str
     parameters: int
-    #: tokens per row; None: images
+    #: tokens of a row; None: images
     sequence: int | None
     per_second: float
     what: str
@@ -65,7 +69,7 @@ def compare(
     rows: int | None,
     variants: Sequence[str] | None,
     rounds: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> dict[str, Any]:
     """Measure ``cfg`` and its peers.
 
@@ -79,8 +83,8 @@ def compare(
         say: told of every phase.
 
     Returns:
-        JSON values; see ``report``. ``void``: the peer is slower than its reference figure for this device, so that the ratio says
-        nothing.
+        JSON values; see ``report``. ``void``: the peer is slower than its reference figure for this device, and so the ratio
+        says nothing.
 
     Raises:
         UserError: a run without a peer, several processes, numbers that do not fit.
@@ -104,28 +108,19 @@ def compare(
     chosen, skipped = chosen_variants(sizes, variants)
     say(f"comparing {cfg.experiment}: {rows} rows per step, micro-batches {sizes_to_try}, peers {', '.join(chosen)}")
 
-    def our_run(size: int) -> dict[str, Any]:
+    def ours_at(size: int, tell: Say) -> dict[str, Any]:
         mine = copy.deepcopy(cfg)
         mine.batch.micro = size
-        return bench(mine, steps, warmup=warmup, keep_ema=True, say=lambda text: say(f"ours, micro-batch {size}: {text}"))
+        return bench(mine, steps, warmup=warmup, keep_ema=True, say=tell)
 
-    ours = _search(sizes_to_try, our_run, mesh, lambda size, text: say(f"ours, micro-batch {size}: {text}"))
+    ours = _search("ours", sizes_to_try, ours_at, mesh, say)
     if not any(isinstance(found, dict) for found in ours.values()):
         raise UserError(f"--compare: ours ran at none of the micro-batches: {ours}. Try smaller ones (--micro).")
     work = Work.of(cfg, mesh, sizes, steps, warmup, say)
-    tried: dict[str, dict[int, Any]] = {}
-    for name, variant in chosen.items():
-
-        def their_run(size: int, name: str = name, variant: Variant = variant) -> dict[str, Any]:
-            return work.measure(variant, size, lambda text: say(f"{name}, micro-batch {size}: {text}"))
-
-        tried[name] = _search(
-            sizes_to_try,
-            their_run,
-            mesh,
-            lambda size, text, name=name: say(f"{name}, micro-batch {size}: {text}"),
-            forgiving=True,
-        )
+    tried = {
+        name: _search(name, sizes_to_try, functools.partial(work.measure, variant), mesh, say, forgiving=True)
+        for name, variant in chosen.items()
+    }
     theirs = {
         (name, size): found for name, by_size in tried.items() for size, found in by_size.items() if isinstance(found, dict)
     }
@@ -133,26 +128,19 @@ def compare(
         raise UserError(f"--compare: no variant of the peer ran: {tried}. Try smaller micro-batches (--micro).")
     best = min((size for size, found in ours.items() if isinstance(found, dict)), key=lambda size: ours[size]["seconds"])
     name, their_best = min(theirs, key=lambda key: theirs[key]["seconds"])
-    turns: dict[str, list[dict[str, Any]]] = {"ours": [ours[best]], "peer": [theirs[name, their_best]]}
+    turns: dict[str, list[Any]] = {"ours": [ours[best]], "peer": [theirs[name, their_best]]}
+    again = functools.partial(work.measure, chosen[name])
     for number in range(2, rounds + 1):
         say(f"round {number} of {rounds}")
-        turns["ours"].append(our_run(best))
-        _free(mesh)
-        turns["peer"].append(
-            work.measure(chosen[name], their_best, lambda text: say(f"{name}, micro-batch {their_best}: {text}"))
-        )
-        _free(mesh)
+        turns["ours"] += _search("ours", [best], ours_at, mesh, say).values()
+        turns["peer"] += _search(name, [their_best], again, mesh, say, forgiving=True).values()
+    turns = {side: [found for found in measured if isinstance(found, dict)] for side, measured in turns.items()}
     say("done")
-    return _result(cfg, mesh, work, tried | {"ours": ours}, turns, (best, name, their_best), skipped)
+    return _result(cfg, mesh, work, {"ours": ours} | tried, turns, (best, name, their_best), skipped)
 
 
 def _search(
-    sizes: Sequence[int],
-    run: Callable[[int], dict[str, Any]],
-    mesh: Mesh,
-    say: Callable[[int, str], None],
-    *,
-    forgiving: bool = False,
+    name: str, sizes: Sequence[int], run: Callable[[int, Say], dict[str, Any]], mesh: Mesh, say: Say, *, forgiving: bool = False
 ) -> dict[int, Any]:
     """``{micro-batch: what run gave, or why it gave nothing}``, up to the first that does not fit into memory.
 
@@ -160,9 +148,10 @@ def _search(
     """
     found: dict[int, Any] = {}
     for size in sizes:
+        tell = functools.partial(_tell, say, f"{name}, micro-batch {size}")
         why = ""
         try:
-            found[size] = run(size)
+            found[size] = run(size, tell)
         except UserError:
             raise
         except Exception as error:
@@ -173,10 +162,14 @@ def _search(
         _free(mesh)  # after the handler: the error holds the frames, and they hold the model
         if why:
             found[size] = why
-            say(size, why)
+            tell(why)
             if why == SPENT:
                 break  # so would the larger ones be
     return found
+
+
+def _tell(say: Say, who: str, text: str) -> None:
+    say(f"{who}: {text}")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -213,9 +206,7 @@ class Work:
     documents: bool
 
     @classmethod
-    def of(
-        cls, cfg: RunConfig, mesh: Mesh, sizes: Decoder | Diffusion, steps: int, warmup: int, say: Callable[[str], None]
-    ) -> Work:
+    def of(cls, cfg: RunConfig, mesh: Mesh, sizes: Decoder | Diffusion, steps: int, warmup: int, say: Say) -> Work:
         say("the peer's batches and weights")
         run = plan(cfg, 1)
         rows = cfg.batch.global_
@@ -224,7 +215,7 @@ class Work:
         )
         with contextlib.closing(loader):
             made = [loader.next_step() for _ in range(warmup + steps)]
-        batches = [{key: step.micro[0][key] for key in sizes.keys} for step in made if step is not None]
+        batches: list[Batch] = [{key: step.micro[0][key] for key in sizes.keys} for step in made if step is not None]
         if len(batches) < warmup + steps:
             raise UserError(f"--compare: the data ended before {warmup + steps} steps; lower --steps.")
         weights = _weights(cfg, run, mesh)
@@ -240,7 +231,7 @@ class Work:
             raise RuntimeError(f"the peer's parameters are not ours: {left} have no value, {unexpected} no place")
         return peer
 
-    def measure(self, variant: Variant, micro: int, say: Callable[[str], None]) -> dict[str, Any]:
+    def measure(self, variant: Variant, micro: int, say: Say) -> dict[str, Any]:
         """Train the variant on all batches, in micro-batches of so many rows. Returns ``seconds`` (of a step, median),
         ``all_seconds``, ``losses`` (of the timed steps), ``memory`` (peak bytes) and ``flags``."""
         device = self.mesh.device
@@ -251,7 +242,7 @@ class Work:
         with contextlib.ExitStack() as closing:
             closing.callback(peer.close)
             closing.enter_context(peer.kernels())
-            train = PeerTraining(self.cfg, peer, device, micro, len(self.batches))
+            train = PeerTraining(self.cfg, peer, device, micro, run_length(self.steps, self.warmup))
             collecting = gc.isenabled()
             gc.collect()
             gc.disable()  # as in our loop
@@ -294,6 +285,7 @@ class PeerTraining:
         self.schedule = Schedule(shape.name, total=steps, warmup=shape.warmup, decay=shape.decay, floor=shape.floor)
         self.decay = cfg.ema.decay if cfg.ema is not None else None
         self.average = [p.detach().clone() for p in self.parameters] if cfg.ema is not None else []
+        self.targets: list[Tensor] = list(self.parameters)
         self.losses: list[Tensor] = []
         self.flags = ", ".join(
             [
@@ -325,7 +317,7 @@ class PeerTraining:
         self.optimizer.zero_grad(set_to_none=True)
         if self.decay is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(self.average, self.parameters, 1.0 - self.decay)
+                torch._foreach_lerp_(self.average, self.targets, 1.0 - self.decay)
         self.losses.append(torch.stack(losses).sum())
 
 
@@ -423,17 +415,15 @@ def report(result: Mapping[str, Any]) -> str:
         f"  device      {about['device']}; {about['mesh']}",
         f"  versions    {', '.join(f'{name} {version}' for name, version in about['versions'].items())}",
         f"  commit      {about['commit'] or 'not a clone'}",
-        f"  work        {result['parameters']:,} parameters; {result['rows']} rows = {result['units']:g} {unit} per step on both sides",
+        f"  work        {result['parameters']:,} parameters; {result['rows']} rows = {result['units']:g} {unit} a step, each",
         "",
         f"  {'':16} {'micro':>5} {f'{unit}/s':>12} {'peak memory':>13}",
     ]
-    for name, by_size in {"ours": result["tried"]["ours"], **result["tried"]}.items():
+    for name, by_size in result["tried"].items():
         for size, found in by_size.items():
-            row = (
-                found
-                if isinstance(found, str)
-                else f"{result['units'] / found['seconds']:12,.1f} {found['memory'] / 2**30:9.2f} GiB"
-            )
+            row = found
+            if not isinstance(found, str):
+                row = f"{result['units'] / found['seconds']:12,.1f} {found['memory'] / 2**30:9.2f} GiB"
             lines.append(f"  {name:16} {size:>5} {row}")
     lines += [f"  {name:16} skipped: {why}" for name, why in result["skipped"].items()]
     lines += ["", f"  best of each side, {len(result['ours']['rounds'])} rounds in turn (the search is the first), medians:"]
@@ -441,8 +431,9 @@ def report(result: Mapping[str, Any]) -> str:
         side = result[name]
         mfu = f"MFU {100 * side['mfu']:.1f}%" if side["mfu"] is not None else "MFU not known"
         which = f" ({side['variant']})" if name == "peer" else ""
+        speed = f"{side['per_second']:,.1f} {unit}/s, {1e3 * side['seconds']:.1f} ms per step"
         lines.append(
-            f"  {name + which:16} micro {side['micro']}: {side['per_second']:,.1f} {unit}/s, {1e3 * side['seconds']:.1f} ms per step, "
+            f"  {name + which:16} micro {side['micro']}: {speed}, "
             f"{mfu}, {side['memory'] / 2**30:.2f} GiB, loss after all steps {side['loss']:.4f}"
         )
     settings = " ".join(f"{name}={value}" for name, value in result["ours"]["flags"].items())
@@ -460,7 +451,7 @@ def report(result: Mapping[str, Any]) -> str:
         )
     if result["void"]:
         lines.append(
-            f"VOID: the peer reaches less than {ENOUGH:.0%} of its reference figure for this device, so it is not at its best here "
+            f"VOID: the peer reaches less than {ENOUGH:.0%} of its reference figure for this device: it is not at its best here, "
             "and the ratio says nothing. Look for what slows it down (versions, another process on the GPU) and repeat."
         )
     if result["flops"]:

@@ -145,7 +145,7 @@ def _diffusion(model: Any, run: Plan) -> Diffusion | None:
     parts, trunk, head, (loss,) = model.preprocessor, model.trunk, model.head, run.losses.values()
     if not (isinstance(parts, nn.ModuleDict) and isinstance(trunk, DiT) and isinstance(head, PatchDecode)):
         return None
-    kinds = {type(block): block for block in parts.values()}
+    kinds: dict[type, Any] = {type(block): block for block in parts.values()}
     layers: list[Any] = list(trunk.layers)
     mixer, mlp = layers[0].mixer, layers[0].mlp
     fits = (
@@ -414,7 +414,7 @@ class TimmDiT(nn.Module):
             {"linear": nn.Linear(dim, patch * patch * sizes.out_channels), "adaLN_modulation": _modulation(dim, 2)}
         )
         side = sizes.image_size // patch
-        positions = sincos_positions(side, side, dim, torch.float32, self.x_embedder["proj"].weight.device)
+        positions = sincos_positions(side, side, dim, torch.float32, next(self.parameters()).device)
         self.register_buffer("positions", positions, persistent=False)
 
     def forward(self, image: Tensor, time: Tensor, class_id: Tensor) -> Tensor:
@@ -470,7 +470,7 @@ def diffusers_diffusion(sizes: Diffusion, device: torch.device, documents: bool,
     if sizes.mlp_dim != 4 * sizes.dim:
         raise UserError(f"--peer diffusers: its MLP is 4 x dim = {4 * sizes.dim} wide, the run's {sizes.mlp_dim}. Use timm.")
     with torch.device(device):
-        model = DiTTransformer2DModel(
+        model: Any = DiTTransformer2DModel(
             num_attention_heads=sizes.heads,
             attention_head_dim=sizes.dim // sizes.heads,
             in_channels=sizes.channels,
@@ -480,7 +480,8 @@ def diffusers_diffusion(sizes: Diffusion, device: torch.device, documents: bool,
             patch_size=sizes.patch,
             num_embeds_ada_norm=sizes.classes,
             norm_eps=1e-6,
-        ).train()
+        )
+    model.train()
     for block in model.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0  # as in SiT
         block.norm1.emb.class_embedder.dropout_prob = 0  # labels are dropped before

@@ -24,7 +24,7 @@ SHOWN = 20
 #: classes of kernels, the first that matches the name
 CLASSES = {
     "communication": r"nccl|gloo|c10d::|_c10d_functional|all_?gather(?!_copy)|reduce_?scatter|all_?reduce",
-    "copy and cast": r"^memcpy|^memset|copykernel|copyfunctor|foreach_copy|direct_copy|split_with_sizes_copy|chunk_cat|aten::(_to_)?copy_?",
+    "copy and cast": r"^memcpy|^memset|copykernel|copyfunctor|foreach_copy|direct_copy|sizes_copy|chunk_cat|aten::(_to_)?copy_?",
     "attention": r"flash|fmha|sdpa|attention|attn|dot_do_o",
     "GEMM": r"gemm|nvjet|cutlass|splitk|gemv|cublas|xmma|triton_tem.*mm|aten::(addmm|mm|bmm|linear|matmul)\b|mkldnn_linear",
     "optimizer": r"multi_tensor_apply|adam|aten::_foreach|lerp",
@@ -88,9 +88,14 @@ class Recorder:
 
 
 def summarize(events: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any]:
-    """JSON values, seconds per step: ``span`` (first kernel's start to last one's end), ``idle`` (nothing runs), ``classes``
-    ({class: seconds of its kernels}), ``communication`` and ``exposed`` (of it, where nothing else runs), ``kernels`` (name, class, calls per
-    step, seconds per step; costliest first) and ``of`` ("kernels", or "operators" of a CPU)."""
+    """The kernels of ``events`` (of a Chrome trace) over so many ``steps``.
+
+    Returns:
+        JSON values, seconds per step: ``span`` (from the first kernel's start to the last one's end), ``idle`` (nothing runs),
+        ``classes`` ({class: seconds of its kernels}), ``communication`` and ``exposed`` (of it, while nothing else runs),
+        ``kernels`` (costliest first: name, class, calls per step, seconds per step), and ``of``: "kernels", or "operators" of a
+        CPU.
+    """
     events = [event for event in events if event.get("ph") == "X"]
     device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     on_device = [Kernel(e["name"], e["ts"], e["ts"] + e["dur"], e["dur"]) for e in device]

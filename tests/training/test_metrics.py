@@ -276,7 +276,8 @@ def test_a_run_from_start_to_report(tmp_path, capsys):
     assert [line["step"] for line in lines if "evaluation" not in line] == list(range(1, 21))
     assert lines[0] == {
         "step": 1, "loss": 4.0, "lr": 1e-5, "grad_norm": 0.5, "seconds": 0.5, "data_wait": 0.1, "memory": 2**30,
-        "tokens": 1000, "tokens_per_second": 2000.0, "rows": 10, "rows_per_second": 20.0, "mfu": 0.1, "hfu": 0.1, "refs": [[0, 1]],
+        "tokens": 1000, "tokens_per_second": 2000.0, "rows": 10, "rows_per_second": 20.0, "mfu": 0.1, "hfu": 0.1,
+        "refs": [[0, 1]],
     }  # fmt: skip
     assert lines[10] == {"step": 10, "evaluation": "heldout", "heldout/loss": 1.5, "heldout/loss/next_token": 1.5}
     assert "heldout/loss 1.5000" in capsys.readouterr().out
