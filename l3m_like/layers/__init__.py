@@ -10,10 +10,10 @@ __getattr__, __dir__, __all__ = lazy(
         "embedding": ["TimeEmbed"],
         "masks": ["AttentionMask", "LoweredMask", "lower", "attended_pairs"],
         "mlp": ["MLP", "SwiGLU"],
-        "modulation": ["Modulation", "modulate"],
+        "modulation": ["Modulation"],
         "norm": ["RMSNorm", "LayerNorm"],
         "patch_embed": ["PatchProjection", "patchify", "unpatchify", "sincos_positions"],
-        "rope": ["Rope", "apply_rope"],
+        "rope": ["Rope"],
         "transformer": ["TransformerLayer", "DiTLayer"],
     },
 )

@@ -80,6 +80,11 @@ class Reporter:
             for tracker in self.trackers:
                 tracker.scalars(line["step"], values)
 
+    def note(self, text: str) -> None:
+        """Print a line on the console."""
+        if self.console is not None:
+            self.console.print(text)
+
     def left_out(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Note samples that were left out after the last step."""
         self.metrics.left_out(step, samples)

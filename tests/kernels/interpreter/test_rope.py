@@ -29,9 +29,7 @@ def norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *, backend: s
     return qk_norm_rope(q, k, None, None, q_weight, k_weight, 1e-5, backend=backend)
 
 
-def norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *, backend: str, cos: Tensor, sin: Tensor
-) -> Any:
+def norm_rope(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *, backend: str, cos: Tensor, sin: Tensor) -> Any:
     dtype = torch.promote_types(q.dtype, torch.float32)
     return qk_norm_rope(q, k, cos.to(dtype), sin.to(dtype), q_weight, k_weight, 1e-5, backend=backend)
 
