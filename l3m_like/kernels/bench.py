@@ -76,8 +76,8 @@ def cases() -> Iterator[Case]:
     tables = [torch.randn(1, 4096, 128, device="cuda") for _ in range(2)]
     yield Case(
         "norm and rope", "8x4096x(16+8)x128", 5 * (q.numel() + k.numel()) * 2, [q, k, *tables, _randn(128), _randn(128)],
-        lambda *args: qk_norm_rope(*args, EPS, backend="triton"),
-        lambda *args: qk_norm_rope(*args, EPS, backend="torch"),
+        lambda q, k, cos, sin, wq, wk: qk_norm_rope(q, k, cos, sin, wq, wk, EPS, backend="triton"),
+        lambda q, k, cos, sin, wq, wk: qk_norm_rope(q, k, cos, sin, wq, wk, EPS, backend="torch"),
         _liger_norm_rope,
     )  # fmt: skip
     yield Case(
