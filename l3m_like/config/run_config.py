@@ -33,6 +33,7 @@ from l3m_like.config.schema import (
     Eval,
     Guard,
     Init,
+    Kernels,
     Launcher,
     Log,
     Optim,
@@ -44,6 +45,7 @@ from l3m_like.config.schema import (
 )
 from l3m_like.config.strict import at, build, join, settings, to_plain, unknown_key
 from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.kernels.select import selecting
 
 RUN_LENGTHS = ("steps", "epochs", "tokens")
 
@@ -64,6 +66,7 @@ class RunConfig:
     optim: Optim = setting(doc="The optimizer.")
     schedule: Schedule = setting(Schedule, "The learning rate over the run.")
     parallel: Parallel = setting(Parallel, "The mesh.")
+    kernels: Kernels = setting(Kernels, "Which version of each operation is used.")
     ema: Ema | None = setting(None, "Average of the weights. null: none.")
     checkpoint: Checkpoint = setting(Checkpoint, "Saving and resuming.")
     log: Log = setting(Log, "Reports.")
@@ -199,7 +202,8 @@ class RunConfig:
                     f"{path}: there is no '{part}' in {above}. {did_you_mean(part, node if isinstance(node, Mapping) else ())}"
                 )
             node = node[part]
-        return targets.instantiate(node, path, Origins(self.origins), **supplied)
+        with selecting(dataclasses.asdict(self.kernels)):
+            return targets.instantiate(node, path, Origins(self.origins), **supplied)
 
     @property
     def run_dir(self) -> Path:

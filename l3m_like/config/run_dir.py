@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "guard.max_bad_steps",
     "guard.spike_factor",
     "keep",
+    "kernels",
     "launcher",
     "log",
     "parallel",

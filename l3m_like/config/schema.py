@@ -257,6 +257,28 @@ class Parallel:
         return None
 
 
+#: of an operation with a Triton kernel
+_VERSIONS = ("auto", "torch", "triton")
+
+
+@dataclass(kw_only=True)
+class Kernels:
+    """Which version of each operation is used. auto: the fastest that the run's device and dtype allow."""
+
+    rms_norm: str = setting("auto", "RMSNorm, and the residual sum before it.", choices=_VERSIONS)
+    modulated_norm: str = setting("auto", "LayerNorm with adaLN modulation, and the gated residual before it.", choices=_VERSIONS)
+    rope: str = setting("auto", "Norm and rotary positions of queries and keys.", choices=_VERSIONS)
+    swiglu: str = setting("auto", "The gated activation of the MLP.", choices=_VERSIONS)
+    attention: str = setting(
+        "auto",
+        "Attention.",
+        choices=("auto", "reference", "sdpa", "cudnn", "flash", "varlen", "flex", "flash_attn"),
+    )
+    linear_cross_entropy: str = setting(
+        "auto", "The loss over the vocabulary, without all logits at once.", choices=("auto", "reference", "torch", "triton")
+    )
+
+
 @dataclass(kw_only=True)
 class Ema:
     """An exponential moving average of the weights, kept in fp32."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,6 @@ from torch import Tensor
 
 from l3m_like.kernels.select import resolve
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl
@@ -20,7 +19,7 @@ try:
     jit = triton.jit
     HAS_TRITON = True
 except ImportError:  # torch comes without it on macOS and Windows; the references remain
-    triton = tl = None
+    triton = tl = None  # type: ignore[assignment]
     HAS_TRITON = False
 
     def jit(function: Any) -> Any:
@@ -55,17 +54,49 @@ def power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def tile(dim: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class Tuning:
+    """How a kernel is cut up. ``elements``: of a tile per warp. ``programs``: per multiprocessor, of a kernel whose programs keep
+    partial sums: no more than run at a time, so that all end together. ``stages``: loads of so many iterations are under way."""
+
+    elements: int = 512
+    programs: int = 4
+    stages: int = 1
+
+
+#: ``{kernel: Tuning}``; ``python run/bench_kernels.py --sweep`` compares others
+TUNED = {
+    "rms_norm": Tuning(),
+    "rms_norm_backward": Tuning(stages=2),
+    "modulated_norm": Tuning(programs=16),
+    "modulated_norm_backward": Tuning(stages=2, programs=3),
+    "rope": Tuning(),
+    "rope_backward": Tuning(),
+    "swiglu": Tuning(elements=256),
+    "swiglu_backward": Tuning(elements=256),
+}
+
+
+def tile(dim: int, kernel: str) -> dict[str, int]:
     """Launch arguments of a kernel whose tiles are whole rows of ``dim``: BLOCK columns (a power of two), ROWS, num_warps."""
     block = power_of_2(dim)
     rows = max(1, 2048 // block)
-    return {"BLOCK": block, "ROWS": rows, "num_warps": 4 if block <= 2048 else 8 if block <= 4096 else 16}
+    return {"BLOCK": block, "ROWS": rows, "num_warps": warps(block * rows, kernel)}
+
+
+def warps(elements: int, kernel: str) -> int:
+    """Warps for a tile of ``elements`` (a power of two)."""
+    return min(16, max(1, elements // TUNED[kernel].elements))
 
 
 @functools.cache
-def resident_programs(device: torch.device) -> int:
-    """Programs of a kernel that keeps a partial sum each: as many as the device runs at a time, so that all end together."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def resident_programs(device: torch.device, kernel: str) -> int:
+    """Programs of ``kernel`` on ``device``: the same number in every call, so that sums have one order."""
+    return TUNED[kernel].programs * _multiprocessors(device)
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -91,11 +91,16 @@ def linear_cross_entropy(
     return (nll.view(targets.shape), norm.view(targets.shape)) if normalizer else nll.view(targets.shape)
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What ``backend`` stands for on this device."""
+def check_backend(backend: str) -> str:
+    """``backend`` if there is one of that name."""
     if backend not in BACKENDS:
         raise UserError(f"no linear_cross_entropy '{backend}'. {did_you_mean(backend, BACKENDS)}")
-    if backend == "auto":
+    return backend
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What ``backend`` stands for on this device."""
+    if check_backend(backend) == "auto":
         return "triton" if device.type == "cuda" and triton is not None and dtype != torch.float64 else "torch"
     return backend
 

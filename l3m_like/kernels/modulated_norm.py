@@ -15,17 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from l3m_like.kernels.launch import jit, power_of_2, resident_programs, tile, tl, use_triton
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x * (1 + scale) + shift``."""
-    return x * (1 + scale) + shift
+from l3m_like.kernels.launch import TUNED, jit, resident_programs, tile, tl, use_triton
 
 
 def modulated_norm_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """The definition."""
-    return modulate(F.layer_norm(x, (x.shape[-1],), eps=eps), shift, scale)
+    return F.layer_norm(x, (x.shape[-1],), eps=eps) * (1 + scale) + shift
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
@@ -133,6 +128,7 @@ def _backward_kernel(
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     row = program // tiles
@@ -146,11 +142,15 @@ def _backward_kernel(
         scale = 1.0 + tl.load(scale_ptr + row * scale_stride + columns, mask=is_column, other=0.0).to(tl.float32)
         sum_shift = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
         sum_scale = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for done in range(0, tokens_each, ROWS):
+    for done in tl.range(0, tokens_each, ROWS, num_stages=STAGES):
         number = (done + tl.arange(0, ROWS))[:, None]
         token = first + number
         inside = (number < tokens_each) & (token < length) & is_column
         place = (row * length + token) * D + columns
+        # all loads before the sums over a token, which make the warps wait for each other
+        if GATED:
+            branch = tl.load(branch_ptr + place, mask=inside, other=0.0)
+            grad_sum = tl.load(grad_sum_ptr + place, mask=inside, other=0.0)
         if NORM:
             x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
             grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -164,13 +164,12 @@ def _backward_kernel(
             along = (tl.sum(grad * normed, axis=1) / D)[:, None]
             grad_x = inverse * (grad - mean - normed * along)
             if GATED:
-                grad_x += tl.load(grad_sum_ptr + place, mask=inside, other=0.0).to(tl.float32)
+                grad_x += grad_sum.to(tl.float32)
             tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
         else:
-            grad_x = tl.load(grad_sum_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            grad_x = grad_sum.to(tl.float32)
         if GATED:
-            branch = tl.load(branch_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            sum_gate += grad_x * branch
+            sum_gate += grad_x * branch.to(tl.float32)
             grad_branch = grad_x * gate
             tl.store(grad_branch_ptr + place, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=inside)
     partial_ptr += program * (3 * D) + columns  # [B, tiles, (shift, scale, gate), D]
@@ -181,10 +180,16 @@ def _backward_kernel(
         tl.store(partial_ptr + 2 * D, tl.sum(sum_gate, axis=0)[None, :], mask=is_column)
 
 
-def _tiles(batch: int, length: int, programs: int, most: int) -> tuple[int, int]:
-    """``(tiles of a row, tokens of a tile)``: about ``programs`` tiles in all, of a power of two up to ``most`` tokens."""
-    tokens = min(most, power_of_2(max(1, batch * length // programs)), power_of_2(max(1, length)))
-    return max(1, -(-length // tokens)), tokens
+def _tiles(x: Tensor, kernel: str) -> tuple[int, int]:
+    """``(tiles of a row, tokens of a tile)``: about as many tiles in all as ``kernel`` has programs."""
+    batch, length, _ = x.shape
+    tiles = max(1, min(length, resident_programs(x.device, kernel) // max(1, batch)))
+    tokens = -(-length // tiles)
+    return max(1, -(-length // max(1, tokens))), tokens
+
+
+def _backward_tile(dim: int) -> dict[str, int]:
+    return {"STAGES": TUNED["modulated_norm_backward"].stages, **tile(dim, "modulated_norm_backward")}
 
 
 def _empty(x: Tensor, *others: Tensor) -> Tensor:
@@ -205,10 +210,10 @@ def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tens
     x, shift, scale = x.contiguous(), _vectors(shift), _vectors(scale)
     batch, length, dim = x.shape
     out = _empty(x, shift, scale)
-    tiles, tokens = _tiles(batch, length, 8 * resident_programs(x.device), 8)
+    tiles, tokens = _tiles(x, "modulated_norm")
     wrap_triton(_forward_kernel)[(batch * tiles,)](
         x, x, shift, shift, scale, out, x, length, tiles, tokens,
-        0, shift.stride(0), scale.stride(0), eps, D=dim, GATED=False, NORM=True, **tile(dim),
+        0, shift.stride(0), scale.stride(0), eps, D=dim, GATED=False, NORM=True, **tile(dim, "modulated_norm"),
     )  # fmt: skip
     return out
 
@@ -222,10 +227,10 @@ def _gated_modulated_norm(
     batch, length, dim = x.shape
     total = _empty(x, gate, branch)
     out = _empty(total, shift, scale)
-    tiles, tokens = _tiles(batch, length, 8 * resident_programs(x.device), 8)
+    tiles, tokens = _tiles(x, "modulated_norm")
     wrap_triton(_forward_kernel)[(batch * tiles,)](
         x, branch, gate, shift, scale, out, total, length, tiles, tokens,
-        gate.stride(0), shift.stride(0), scale.stride(0), eps, D=dim, GATED=True, NORM=True, **tile(dim),
+        gate.stride(0), shift.stride(0), scale.stride(0), eps, D=dim, GATED=True, NORM=True, **tile(dim, "modulated_norm"),
     )  # fmt: skip
     return out, total
 
@@ -235,10 +240,10 @@ def _gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     x, branch, gate = x.contiguous(), branch.contiguous(), _vectors(gate)
     batch, length, dim = x.shape
     total = _empty(x, gate, branch)
-    tiles, tokens = _tiles(batch, length, 8 * resident_programs(x.device), 8)
+    tiles, tokens = _tiles(x, "modulated_norm")
     wrap_triton(_forward_kernel)[(batch * tiles,)](
         x, branch, gate, gate, gate, x, total, length, tiles, tokens,
-        gate.stride(0), 0, 0, 0.0, D=dim, GATED=True, NORM=False, **tile(dim),
+        gate.stride(0), 0, 0, 0.0, D=dim, GATED=True, NORM=False, **tile(dim, "modulated_norm"),
     )  # fmt: skip
     return total
 
@@ -248,12 +253,12 @@ def _modulated_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float)
     """Gradients of x, and [B, 2, D] float32: of shift and scale."""
     x, grad, scale = x.contiguous(), grad.contiguous(), _vectors(scale)
     batch, length, dim = x.shape
-    tiles, tokens = _tiles(batch, length, resident_programs(x.device), 128)
+    tiles, tokens = _tiles(x, "modulated_norm_backward")
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(batch, tiles, 3, dim, dtype=torch.float32, device=x.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
         grad, grad, x, x, scale, scale, grad_x, x, partial, length, tiles, tokens,
-        0, scale.stride(0), eps, D=dim, GATED=False, NORM=True, **tile(dim),
+        0, scale.stride(0), eps, D=dim, GATED=False, NORM=True, **_backward_tile(dim),
     )  # fmt: skip
     return grad_x, partial[:, :, :2].sum(1)
 
@@ -266,13 +271,13 @@ def _gated_modulated_norm_backward(
     total, branch, grad, grad_sum = total.contiguous(), branch.contiguous(), grad.contiguous(), grad_sum.contiguous()
     gate, scale = _vectors(gate), _vectors(scale)
     batch, length, dim = total.shape
-    tiles, tokens = _tiles(batch, length, resident_programs(total.device), 128)
+    tiles, tokens = _tiles(total, "modulated_norm_backward")
     grad_total = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     partial = torch.empty(batch, tiles, 3, dim, dtype=torch.float32, device=total.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
         grad, grad_sum, total, branch, gate, scale, grad_total, grad_branch, partial, length, tiles, tokens,
-        gate.stride(0), scale.stride(0), eps, D=dim, GATED=True, NORM=True, **tile(dim),
+        gate.stride(0), scale.stride(0), eps, D=dim, GATED=True, NORM=True, **_backward_tile(dim),
     )  # fmt: skip
     return grad_total, grad_branch, partial.sum(1)
 
@@ -282,12 +287,12 @@ def _gated_residual_backward(grad: Tensor, gate: Tensor, branch: Tensor) -> tupl
     """Gradients of branch and, [B, 1, D] float32, of gate; that of x is ``grad`` itself."""
     grad, branch, gate = grad.contiguous(), branch.contiguous(), _vectors(gate)
     batch, length, dim = branch.shape
-    tiles, tokens = _tiles(batch, length, resident_programs(branch.device), 128)
+    tiles, tokens = _tiles(branch, "modulated_norm_backward")
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     partial = torch.empty(batch, tiles, 3, dim, dtype=torch.float32, device=branch.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
         grad, grad, grad, branch, gate, gate, grad, grad_branch, partial, length, tiles, tokens,
-        gate.stride(0), 0, 0.0, D=dim, GATED=True, NORM=False, **tile(dim),
+        gate.stride(0), 0, 0.0, D=dim, GATED=True, NORM=False, **_backward_tile(dim),
     )  # fmt: skip
     return grad_branch, partial[:, :, 2:].sum(1)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from l3m_like.kernels.launch import jit, resident_programs, rows_of, tile, tl, use_triton
+from l3m_like.kernels.launch import TUNED, jit, resident_programs, rows_of, tile, tl, use_triton
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -27,9 +27,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @overload
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: None = None, *, backend: str = "auto") -> Tensor: ...
 @overload
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor]: ...
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -94,25 +92,29 @@ def _backward_kernel(
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * rows_each
     columns = tl.arange(0, BLOCK)[None, :]
     stored = tl.load(weight_ptr + columns, mask=columns < D, other=0.0)
     weight = stored.to(tl.float32)
     partial = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for done in range(0, rows_each, ROWS):
+    for done in tl.range(0, rows_each, ROWS, num_stages=STAGES):
         number = (done + tl.arange(0, ROWS))[:, None]
         rows = first + number
         inside = (number < rows_each) & (rows < num_rows) & (columns < D)
+        # all loads before the sums over a row, which make the warps wait for each other
         x = tl.load(x_ptr + rows * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + rows * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            grad_sum = tl.load(grad_sum_ptr + rows * grad_sum_stride + columns, mask=inside, other=0.0)
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
         normed = x * scale
         partial += grad * normed.to(stored.dtype).to(tl.float32)
         grad = grad * weight
         grad_x = scale * (grad - normed * (tl.sum(grad * normed, axis=1) / D)[:, None])
         if ADD:
-            grad_x += tl.load(grad_sum_ptr + rows * grad_sum_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            grad_x += grad_sum.to(tl.float32)
         tl.store(grad_x_ptr + rows * D + columns, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
     total = tl.sum(partial, axis=0)[None, :]
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + columns, total, mask=columns < D)
@@ -122,7 +124,7 @@ def _backward_kernel(
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x2, dim = rows_of(x), x.shape[-1]
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    sizes = tile(dim)
+    sizes = tile(dim, "rms_norm")
     grid = (max(1, -(-x2.shape[0] // sizes["ROWS"])),)
     wrap_triton(_forward_kernel)[grid](
         x2, x2, weight, out, x2, x2.shape[0], x2.stride(0), x2.stride(0), eps, D=dim, ADD=False, **sizes
@@ -135,7 +137,7 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
     x2, residual2, dim = rows_of(x), rows_of(residual), x.shape[-1]
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
-    sizes = tile(dim)
+    sizes = tile(dim, "rms_norm")
     grid = (max(1, -(-x2.shape[0] // sizes["ROWS"])),)
     wrap_triton(_forward_kernel)[grid](
         x2, residual2, weight, out, total, x2.shape[0], x2.stride(0), residual2.stride(0), eps, D=dim, ADD=True, **sizes
@@ -144,14 +146,12 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 
 
 @triton_op("l3m_like::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(
-    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def _rms_norm_backward(grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of x (in its dtype) and weight; ``grad_sum`` [..., D] is what comes from the residual stream."""
     x2, grad2, dim = rows_of(x), rows_of(grad), x.shape[-1]
     grad_sum2 = grad2 if grad_sum is None else rows_of(grad_sum)
-    sizes = tile(dim)
-    programs = min(resident_programs(x.device), max(1, -(-x2.shape[0] // sizes["ROWS"])))
+    sizes = tile(dim, "rms_norm_backward")
+    programs = min(resident_programs(x.device, "rms_norm_backward"), max(1, -(-x2.shape[0] // sizes["ROWS"])))
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(programs, dim, dtype=torch.float32, device=x.device)
     wrap_triton(_backward_kernel)[(programs,)](
@@ -169,6 +169,7 @@ def _rms_norm_backward(
         eps,
         D=dim,
         ADD=grad_sum is not None,
+        STAGES=TUNED["rms_norm_backward"].stages,
         **sizes,
     )
     return grad_x, partial.sum(0).to(weight.dtype)

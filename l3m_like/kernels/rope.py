@@ -1,8 +1,9 @@
 """Rotary positions (Su et al., arXiv:2104.09864, rotate-half form) of queries and keys, after the RMSNorm over each head.
 
-``q`` [B, S, H, K], ``k`` [B, S, Hkv, K] (of any strides but the last); ``cos`` and ``sin`` [B or 1, S, K] in at least float32: positions
-of more than one axis are other tables, not other kernels. ``q_weight``, ``k_weight`` [K] are the norm's (Qwen3), or None. One Triton
-program has the heads of one token, queries and keys; the backward keeps the inputs only and computes the norm again.
+``q`` [B, S, H, K], ``k`` [B, S, Hkv, K] (of any strides but the last); ``cos`` and ``sin`` [B or 1, S, K] in at least float32:
+positions of more than one axis are other tables, not other kernels. ``q_weight``, ``k_weight`` [K] are the norm's (Qwen3), or
+None. One Triton program has the heads of one token, queries and keys; the backward keeps the inputs only and computes the norm
+again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from l3m_like.kernels.launch import jit, power_of_2, resident_programs, tl, use_triton
+from l3m_like.kernels.launch import jit, power_of_2, resident_programs, tl, use_triton, warps
 from l3m_like.kernels.rms_norm import rms_norm_reference
 
 
@@ -29,8 +30,8 @@ def qk_norm_rope_reference(
     q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The definition; arguments as ``qk_norm_rope``."""
-    if q_weight is not None and k_weight is not None:
-        q, k = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
+    q = q if q_weight is None else rms_norm_reference(q, q_weight, eps)
+    k = k if k_weight is None else rms_norm_reference(k, k_weight, eps)
     if cos is not None and sin is not None:
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     return q, k
@@ -48,11 +49,11 @@ def qk_norm_rope(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys after the norm (if there are weights) and the rotation (if there are cosines), in their shapes."""
-    weighted, turned = q_weight is not None and k_weight is not None, cos is not None and sin is not None
-    if (weighted or turned) and use_triton("rope", backend, q) and _fits(q, k, cos):
-        if weighted:
+    if use_triton("rope", backend, q) and _fits(q, k, cos):
+        if q_weight is not None and k_weight is not None:
             return _norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
-        return _rope(q, k, cos, sin)
+        if q_weight is None and k_weight is None and cos is not None and sin is not None:
+            return _rope(q, k, cos, sin)
     return qk_norm_rope_reference(q, k, cos, sin, q_weight, k_weight, eps)
 
 
@@ -254,7 +255,7 @@ def _backward_kernel(
     q_b = tl.zeros([H_BLOCK, BLOCK], dtype=tl.float32)
     k_a = tl.zeros([HKV_BLOCK, BLOCK], dtype=tl.float32)
     k_b = tl.zeros([HKV_BLOCK, BLOCK], dtype=tl.float32)
-    for done in range(0, tokens_each):
+    for done in range(tokens_each):
         number = program * tokens_each + done
         alive = number < tokens
         row = number // length
@@ -285,7 +286,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _sizes(q: Tensor, k: Tensor) -> dict[str, Any]:
+def _sizes(q: Tensor, k: Tensor, kernel: str) -> dict[str, Any]:
     heads, kv_heads, width = q.shape[2], k.shape[2], q.shape[3]
     block, head_block = power_of_2(width // 2), power_of_2(heads)
     return {
@@ -295,7 +296,7 @@ def _sizes(q: Tensor, k: Tensor) -> dict[str, Any]:
         "H_BLOCK": head_block,
         "HKV_BLOCK": power_of_2(kv_heads),
         "BLOCK": block,
-        "num_warps": 4 if 2 * head_block * block <= 4096 else 8,
+        "num_warps": warps(2 * head_block * block, kernel),
     }
 
 
@@ -332,7 +333,7 @@ def _launch_forward(
             eps,
             NORM=q_weight is not None,
             ROPE=cos is not None,
-            **_sizes(q, k),
+            **_sizes(q, k, "rope"),
         )
     return q_out, k_out
 
@@ -351,7 +352,7 @@ def _launch_backward(
     q, k = (q_grad, k_grad) if inputs is None else (_dense(inputs[0]), _dense(inputs[1]))
     q_weight, k_weight = (q, k) if weights is None else weights
     tokens = q.shape[0] * q.shape[1]
-    programs = max(1, min(resident_programs(q.device), tokens)) if weights is not None else max(1, tokens)
+    programs = max(1, min(resident_programs(q.device, "rope_backward"), tokens)) if weights is not None else max(1, tokens)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     partial = None if weights is None else torch.empty(programs, 2, q.shape[3], dtype=torch.float32, device=q.device)
@@ -379,7 +380,7 @@ def _launch_backward(
         eps,
         NORM=weights is not None,
         ROPE=tables[0] is not None,
-        **_sizes(q, k),
+        **_sizes(q, k, "rope_backward"),
     )
     return q_out, k_out, partial
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from l3m_like.kernels.launch import jit, power_of_2, rows_of, tl, use_triton
+from l3m_like.kernels.launch import jit, power_of_2, rows_of, tl, use_triton, warps
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -80,8 +80,9 @@ def _backward_kernel(
     tl.store(grad_up_ptr + row * WIDTH + columns, grad_up.to(grad_gate_ptr.dtype.element_ty), mask=columns < F)
 
 
-def _sizes(width: int) -> dict[str, int]:
-    return {"BLOCK": min(2048, power_of_2(width)), "num_warps": 8}
+def _sizes(width: int, kernel: str) -> dict[str, int]:
+    block = min(2048, power_of_2(width))
+    return {"BLOCK": block, "num_warps": warps(block, kernel)}
 
 
 @triton_op("l3m_like::swiglu", mutates_args=())
@@ -91,7 +92,7 @@ def _swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     gate2 = rows_of(gate)
     up2 = gate2 if up is None else rows_of(up)
     out = torch.empty((*gate.shape[:-1], width), dtype=gate.dtype, device=gate.device)
-    sizes = _sizes(width)
+    sizes = _sizes(width, "swiglu")
     blocks = -(-width // sizes["BLOCK"])
     if gate2.shape[0] > 0:
         wrap_triton(_forward_kernel)[(gate2.shape[0] * blocks,)](
@@ -100,13 +101,11 @@ def _swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     return out
 
 
-def _launch_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor | None, width: int
-) -> None:
+def _launch_backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor | None, width: int) -> None:
     """``grad_up`` None: ``gate`` and ``grad_gate`` hold both halves."""
     halves = grad_up is None
     grad2, gate2, up2 = rows_of(grad), rows_of(gate), rows_of(up)
-    sizes = _sizes(width)
+    sizes = _sizes(width, "swiglu_backward")
     blocks = -(-width // sizes["BLOCK"])
     if grad2.shape[0] > 0:
         wrap_triton(_backward_kernel)[(grad2.shape[0] * blocks,)](

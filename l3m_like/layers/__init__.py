@@ -11,10 +11,10 @@ __getattr__, __dir__, __all__ = lazy(
         "linear": ["joint_linear"],
         "masks": ["AttentionMask", "LayerMasks", "choose_backend", "lower", "attended_pairs"],
         "mlp": ["MLP", "SwiGLU"],
-        "modulation": ["Modulation", "modulate"],
+        "modulation": ["Modulation"],
         "norm": ["RMSNorm", "LayerNorm"],
         "patch_embed": ["PatchProjection", "patchify", "unpatchify", "sincos_positions"],
-        "rope": ["Rope", "apply_rope"],
+        "rope": ["Rope"],
         "transformer": ["TransformerLayer", "DiTLayer"],
     },
 )

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal, Ones, XavierUniform, Zeros
 from l3m_like.kernels.attention import LoweredMask, attention, check_backend
+from l3m_like.kernels.rope import qk_norm_rope
+from l3m_like.kernels.select import selected
 from l3m_like.layers.cache import LayerCache
 from l3m_like.layers.linear import joint_linear
 from l3m_like.layers.norm import RMSNorm
-from l3m_like.layers.rope import apply_rope
 
 
 class Attention(nn.Module):
@@ -56,10 +57,12 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = dim // num_heads if head_dim is None else head_dim
-        self.backend = check_backend(backend)
+        self.backend = check_backend(selected("attention") if backend == "auto" else backend)
         if window is not None and window < 1:
             raise UserError(f"Attention: window is {window}; it is a number of keys, at least 1 (null: all).")
         self.window = window
+        self.norm_eps = norm_eps
+        self.rope_backend = selected("rope")
         #: of the four projections; a DiT layer sets Xavier here
         self.weight_init: Init = Normal(0.02)
         width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
@@ -82,10 +85,9 @@ class Attention(nn.Module):
         x = x.to(self.q_proj.weight.dtype)
         # -1, not num_heads: under tensor parallelism a projection returns this rank's heads
         q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in joint_linear(x, self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        cos, sin = (None, None) if rope is None else rope
+        q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        q, k = qk_norm_rope(q, k, cos, sin, q_weight, k_weight, self.norm_eps, backend=self.rope_backend)
         if cache is not None:
             k, v = cache.append(k, v)
         return self.out_proj(attention(q, k, v, mask).flatten(2))

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Init, Normal, Zeros
+from l3m_like.kernels.select import selected
+from l3m_like.kernels.swiglu import swiglu
+from l3m_like.layers.linear import joint_linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -28,6 +31,7 @@ class SwiGLU(nn.Module):
             raise UserError(f"SwiGLU: hidden_dim must be at least 1, got {hidden_dim}.")
         self.dim = dim
         self.hidden_dim = hidden_dim
+        self.backend = selected("swiglu")
         self.weight_init: Init = Normal(0.02)
         self.gate = nn.Linear(dim, hidden_dim, bias=False)
         self.up = nn.Linear(dim, hidden_dim, bias=False)
@@ -35,7 +39,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.up.weight.dtype)
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(*joint_linear(x, self.gate, self.up), backend=self.backend))
 
     def flops(self, tokens: int) -> int:
         return 6 * tokens * self.dim * self.hidden_dim

@@ -32,8 +32,3 @@ class Modulation(nn.Module):
 
     def init_spec(self) -> dict[str, Init]:
         return {"proj.weight": Zeros(), "proj.bias": Zeros()}
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x * (1 + scale) + shift``."""
-    return x * (1 + scale) + shift

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from l3m_like.kernels.modulated_norm import gated_modulated_norm, modulated_norm
+from l3m_like.kernels.rms_norm import rms_norm
+from l3m_like.kernels.select import selected
 
 
 class RMSNorm(nn.Module):
@@ -18,21 +24,35 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
+        self.backend = selected("rms_norm")
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        # one fused op; without a weight it has no multiplication to round
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, (x.shape[-1],), eps=self.eps).to(self.weight.dtype) * self.weight
+    @overload
+    def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``x``; with a ``residual``, ``(norm of x + residual, x + residual)``."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps, backend=self.backend)
+        return rms_norm(x, self.weight, self.eps, residual, backend=self.backend)
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm without scale and shift (adaLN supplies them); x [..., dim], computed in at least float32."""
+    """LayerNorm without weights; x [..., dim], computed in at least float32. adaLN gives shift and scale [B, 1, dim]."""
 
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()
         self.dim = dim
         self.eps = eps
+        self.backend = selected("modulated_norm")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.dim,), eps=self.eps)
+    def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """``LayerNorm(x)``; with ``shift`` and ``scale``, ``LayerNorm(x) * (1 + scale) + shift``."""
+        if shift is None or scale is None:
+            return F.layer_norm(x, (self.dim,), eps=self.eps)
+        return modulated_norm(x, shift, scale, self.eps, backend=self.backend)
+
+    def of_sum(self, x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """``(modulated norm of x + gate * branch, x + gate * branch)``."""
+        return gated_modulated_norm(x, gate, branch, shift, scale, self.eps, backend=self.backend)

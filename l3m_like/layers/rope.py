@@ -55,14 +55,6 @@ class Rope:
         return angles.cos(), angles.sin()
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x`` [B, S, H, K] by ``cos``, ``sin`` [B or 1, S, K]; computed in their dtype, returned in that of ``x``."""
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (wide * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).to(x.dtype)
-
-
 def _check_scaling(scaling: Mapping[str, float | str] | None) -> dict[str, float] | None:
     if scaling is None:
         return None

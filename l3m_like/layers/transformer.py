@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from l3m_like.core.init import Init, Ones, XavierUniform
 from l3m_like.kernels.attention import LoweredMask
+from l3m_like.kernels.modulated_norm import gated_residual
 from l3m_like.layers.cache import LayerCache
-from l3m_like.layers.modulation import Modulation, modulate
+from l3m_like.layers.modulation import Modulation
 from l3m_like.layers.norm import LayerNorm, RMSNorm
 
 
@@ -43,8 +44,8 @@ class TransformerLayer(nn.Module):
         mask: LoweredMask | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        x = x + self.mixer(self.norm_1(x), rope, mask, cache)
-        return x + self.mlp(self.norm_2(x))
+        normed, x = self.norm_2(self.mixer(self.norm_1(x), rope, mask, cache), residual=x)
+        return x + self.mlp(normed)
 
     def flops(self, tokens: int, pairs: int) -> int:
         return self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)
@@ -81,8 +82,9 @@ class DiTLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, mask: LoweredMask | None = None) -> Tensor:
         """x [B, S, D], condition [B, D], mask as ``Attention.forward`` takes it -> [B, S, D]."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)
-        x = x + gate_1 * self.mixer(modulate(self.norm_1(x), shift_1, scale_1), mask=mask)
-        return x + gate_2 * self.mlp(modulate(self.norm_2(x), shift_2, scale_2))
+        mixed = self.mixer(self.norm_1(x, shift_1, scale_1), mask=mask)
+        normed, x = self.norm_2.of_sum(x, gate_1, mixed, shift_2, scale_2)
+        return gated_residual(x, gate_2, self.mlp(normed), backend=self.norm_2.backend)
 
     def flops(self, rows: int, tokens: int, pairs: int) -> int:
         return self.modulation.flops(rows) + self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)

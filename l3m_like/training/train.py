@@ -9,6 +9,7 @@ evaluate and save.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -31,6 +32,7 @@ from l3m_like.data.loader import Loader
 from l3m_like.distributed.gradients import set_gradient_sync
 from l3m_like.distributed.mesh import build_mesh, gather_objects
 from l3m_like.distributed.parallelize import parallelize
+from l3m_like.kernels.select import in_use
 from l3m_like.training.checkpoint import Checkpointer
 from l3m_like.training.control import Signals, fetch, seed_streams
 from l3m_like.training.debug import Debug
@@ -118,6 +120,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     mesh = build_mesh(cfg.mesh_axes())
+    kernels = in_use(dataclasses.asdict(cfg.kernels), mesh.device.type, cfg.parallel.precision)
     run = plan(cfg, mesh.dp_size)
     run_dir = start_run(cfg)
     updates, parts = run.updates, run.parts
@@ -190,6 +193,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     stamp["parameters"] = sum(p.numel() for p in trainable.values())
     peak = peak_flops(mesh)
     reporter = Reporter(cfg.log, run_dir, mesh.is_main, step, stamp, total=steps, peak_flops=peak, run_id=cfg.run.id)
+    reporter.say(kernels)
     if mfu := flops.describe(peak):
         reporter.say(mfu)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import XavierUniform
+from l3m_like.kernels.rope import apply_rope
 from l3m_like.layers import (
     MLP,
     Attention,
@@ -24,7 +25,6 @@ from l3m_like.layers import (
     SwiGLU,
     TimeEmbed,
     TransformerLayer,
-    apply_rope,
     lower,
     patchify,
     sincos_positions,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal, Ones
-from l3m_like.kernels.linear_cross_entropy import linear_cross_entropy
+from l3m_like.kernels.linear_cross_entropy import check_backend, linear_cross_entropy
+from l3m_like.kernels.select import selected
 from l3m_like.layers.norm import RMSNorm
 
 
@@ -35,6 +36,7 @@ class LanguageModelHead(ReadWriteBlock):
 
     def __init__(self, vocab_size: int, dim: int, norm_eps: float = 1e-6, **ports: Any) -> None:
         super().__init__(**ports)
+        self.backend = check_backend(selected("linear_cross_entropy"))
         self.norm = RMSNorm(dim, eps=norm_eps)
         self.proj = nn.Linear(dim, vocab_size, bias=False)
 
@@ -47,7 +49,7 @@ class LanguageModelHead(ReadWriteBlock):
         if "nll" in outputs:
             if targets is None:
                 raise UserError(f"LanguageModelHead writes nll, which needs the key '{self.reads['targets']}'.")
-            out["nll"] = linear_cross_entropy(hidden, weight, targets)
+            out["nll"] = linear_cross_entropy(hidden, weight, targets, backend=self.backend)
         return out
 
     def flops(self, hidden: Tensor, targets: Tensor | None = None) -> int:

@@ -10,7 +10,7 @@ from l3m_like.blocks.preprocessors.patches import check_patch
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Zeros
-from l3m_like.layers.modulation import Modulation, modulate
+from l3m_like.layers.modulation import Modulation
 from l3m_like.layers.norm import LayerNorm
 from l3m_like.layers.patch_embed import unpatchify
 
@@ -49,7 +49,7 @@ class PatchDecode(ReadWriteBlock):
 
     def compute(self, hidden: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(condition)
-        patches = self.proj(modulate(self.norm(hidden.to(self.proj.weight.dtype)), shift, scale))
+        patches = self.proj(self.norm(hidden.to(self.proj.weight.dtype), shift, scale))
         return unpatchify(patches, self.patch, self.image_size, self.image_size)[:, : self.channels]
 
     def flops(self, hidden: Tensor, condition: Tensor) -> int:
