@@ -214,7 +214,7 @@ def test_what_stays() -> None:
         patch.setattr(Pass, "pack", watched)
         gradients(layers)
     stay, go = [size for size in seen if size > 0], [-size for size in seen if size < 0]
-    assert set(stay) == {S * D, 3 * D * D, D * D} and set(go) >= {B * S * D, 3 * B * S * D}, (stay, go)
+    assert set(stay) == {S * D, 3 * D * D, D * D} and set(go) >= {B * S * D}, (stay, go)
     small = units()
     offload = apply_offload(list(small), torch.device("cpu"), smallest=1 << 20)
     assert same(gradients(small), gradients(units())) and not offload._free
@@ -253,7 +253,7 @@ def test_less_is_alive() -> None:
         layers = units().to("meta")
         if settings:
             apply_offload(list(layers), torch.device("meta"), **settings)
-        x = torch.randn(B, S, D, device="meta", requires_grad=True)
+        x = torch.randn(64, S, D, device="meta", requires_grad=True)  # large beside the gradients of parameters
         table = torch.rand(S, D, device="meta"), torch.rand(S, D, device="meta")
         with LiveBytes([*layers.parameters(), x, *table]) as live:
             for layer in layers:
