@@ -229,7 +229,8 @@ def test_offload_changes_no_bit_and_saves_memory(checkpoint: str, compiled: bool
     if checkpoint == "selective" and not compiled:
         pytest.skip("refused")
     peaks, found = [], []
-    shared = ["deterministic=true", "parallel.precision=bf16", f"parallel.checkpoint={checkpoint}", f"parallel.compile={compiled}"]
+    shared = ["deterministic=true", "parallel.precision=bf16", f"parallel.checkpoint={checkpoint}"]
+    shared += [f"parallel.compile={compiled}"]
     for number, offload in enumerate(("null", "{smallest: 65536}")):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
