@@ -170,10 +170,10 @@ class RunConfig:
                     )
 
     def _apply_debug(self, origins: Origins) -> None:
-        self.parallel.compile = False
+        self.parallel.compile, self.parallel.offload = False, None
         self.data.workers = 0
         self.log.wandb, self.log.tensorboard, self.log.aim = None, False, False
-        for path in ("parallel.compile", "data.workers", "log.wandb", "log.tensorboard", "log.aim"):
+        for path in ("parallel.compile", "parallel.offload", "data.workers", "log.wandb", "log.tensorboard", "log.aim"):
             origins.record(path, "debug")
 
     # ---- using it --------------------------------------------------------------------------------------------------

@@ -221,6 +221,15 @@ class Schedule:
 
 
 @dataclass(kw_only=True)
+class Offload:
+    """Activations in host memory between a unit's forward and backward pass."""
+
+    keep: int = setting(1, "The last n units' stay on the device.", at_least=1)
+    every: int = setting(1, "Of every n-th unit only: where the copies take longer than the units.", at_least=1)
+    smallest: int = setting(1 << 20, "Bytes; smaller tensors stay on the device.", at_least=1)
+
+
+@dataclass(kw_only=True)
 class Parallel:
     """The mesh, and what is done to each repeating unit on it."""
 
@@ -238,13 +247,22 @@ class Parallel:
         choices=("fp32", "bf16", "fp64"),
         reasons={"fp16": "it needs a loss scaler that all ranks agree on, and bf16 does not. Write bf16"},
     )
-    checkpoint: str | int = setting(
+    checkpoint: str | int | dict[str, Any] = setting(
         "none",
-        "Activation checkpointing: none, full, selective (matmuls and attention are kept), or n: every n-th unit.",
+        "Activation checkpointing: none, full, selective (matmuls and attention are kept), n: every n-th unit, or what is kept: "
+        "{save: [...], every: n} with matmul, every_second_matmul, attention and names of operators (aten::mm).",
         choices=("none", "full", "selective"),
         at_least=1,
     )
+    offload: Offload | None = setting(
+        None, "Keep in host memory what units save for the backward pass. null: it stays on the device; {} takes the defaults."
+    )
     compile: bool = setting(False, "torch.compile each repeating unit.")
+    compile_limit: int | None = setting(
+        4,
+        "Graphs per kind of unit, for training and for evaluation each; one more ends the run. null: no limit.",
+        at_least=1,
+    )
     reshard_after_forward: bool = setting(
         True, "Free a unit's gathered parameters after its forward: less memory, more communication."
     )

@@ -1,4 +1,4 @@
-"""One function that puts a model on a mesh, in a fixed order: TP -> checkpointing -> compile -> FSDP per unit -> root.
+"""One function that puts a model on a mesh, in a fixed order: TP -> checkpointing -> compile -> offload -> FSDP per unit -> root.
 
 A layer owns its tensor-parallel plan, a block its repeating units; nothing here knows a class name, and no parameter
 changes its name.
@@ -6,19 +6,19 @@ changes its name.
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.meta_model import Frozen, MetaModel, Tower
+from l3m_like.distributed.activations import apply_checkpointing, apply_offload, refuse_hidden
+from l3m_like.distributed.compiled import Graphs
 from l3m_like.distributed.low_precision import LowPrecision
 from l3m_like.distributed.mesh import Mesh
 
@@ -30,36 +30,24 @@ TP_STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel, "replicated
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
-#: what selective checkpointing keeps: the results of matmuls and attention, which are dear to recompute
-_SAVED_OPS = frozenset(
-    op
-    for op in (
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten.bmm.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    )
-)
-
 
 def parallelize(
     part: MetaModel,
     mesh: Mesh,
     *,
     precision: str = "fp32",
-    checkpointing: str | int = "none",
-    compile_units: bool = False,
+    checkpointing: str | int | Mapping[str, Any] = "none",
+    compile_units: bool | Graphs = False,
+    offload: Mapping[str, int] | None = None,
     reshard_after_forward: bool = True,
 ) -> MetaModel:
     """Put ``part`` (on the meta device, or materialised) on ``mesh``, in place; returns it.
 
     Args:
         precision: of the computation: ``fp32``, ``bf16`` (fp32 masters, fp32 gradient reduction) or ``fp64``.
-        checkpointing: ``none``, ``full``, ``selective`` (matmuls and attention are kept), or n: every n-th unit.
-        compile_units: ``torch.compile`` each repeating unit.
+        checkpointing: as ``Checkpointing.of`` takes it.
+        compile_units: ``torch.compile`` each repeating unit; a ``Graphs`` also counts what that makes.
+        offload: the arguments of ``apply_offload``. None: everything stays on the device.
         reshard_after_forward: free a unit's gathered parameters after its forward (less memory, more communication).
     """
     refuse_batch_norm(part, mesh)
@@ -67,11 +55,12 @@ def parallelize(
     if mesh.size("tp") > 1:
         apply_tensor_parallel(part, mesh)
         part.retie()
-    if checkpointing != "none":
-        apply_checkpointing(units, checkpointing)
+    apply_checkpointing(units, checkpointing)
     if compile_units:
-        for unit in units:
-            unit.compile()
+        (compile_units if isinstance(compile_units, Graphs) else Graphs()).compile(units)
+    if offload is not None:
+        refuse_hidden(checkpointing, compiled=bool(compile_units))
+        apply_offload(units, mesh.device, **offload)
     if precision == "fp64":
         part.double()
         part.retie()
@@ -146,23 +135,6 @@ def _named_units(part: MetaModel) -> Iterator[tuple[str, nn.Module]]:
     for _, block in part.blocks():
         for unit in block.shard_units():
             yield names[id(unit)], unit
-
-
-def apply_checkpointing(units: list[nn.Module], mode: str | int) -> None:
-    """Recompute the chosen units in the backward pass. Parameter names do not change."""
-    every = mode if isinstance(mode, int) else 1
-    if mode not in ("full", "selective") and not (isinstance(mode, int) and every >= 1):
-        raise UserError(f"parallel.checkpoint is {mode!r}; it is none, full, selective or a number n (every n-th unit).")
-    context: dict[str, Any] = {"context_fn": _selective_context} if mode == "selective" else {}
-    for unit in units[::every]:
-        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, **context)  # type: ignore[method-assign]
-
-
-def _selective_context() -> Any:
-    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in _SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
 
 
 def apply_fsdp(part: MetaModel, units: list[nn.Module], mesh: Mesh, precision: str, reshard_after_forward: bool) -> None:

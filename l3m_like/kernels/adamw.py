@@ -1,8 +1,8 @@
 """One AdamW step of one tensor (Loshchilov and Hutter, arXiv:1711.05101), in one pass over its memory.
 
-Beyond torch's fused AdamW: the gradient may be in half precision, and is not written back when it is scaled; a half-precision copy
-of the weight is written in the same pass. With a bf16 copy that is 28 bytes per weight, where torch's kernel, clipping and the cast
-of weights and gradients take 48.
+Beyond torch's fused AdamW: the gradient may be in half precision, and is not written back when it is scaled; a half-precision
+copy of the weight is written in the same pass. With a bf16 copy that is 28 bytes per weight, where torch's kernel, clipping and
+the casts of weights and gradients take 48.
 """
 
 from __future__ import annotations
@@ -131,9 +131,8 @@ if triton is not None:
         COPIED: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        if CHECKED:
-            if tl.load(found_inf) > 0:
-                return
+        if CHECKED and tl.load(found_inf) > 0:
+            return
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)

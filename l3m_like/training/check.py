@@ -21,12 +21,14 @@ import torch.distributed as dist
 from torch import nn
 
 from l3m_like.config import RunConfig
+from l3m_like.config.strict import to_plain
 from l3m_like.core.diagram import Diagram, shape_text
 from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import MetaModel
 from l3m_like.core.wiring import Program, Trace, check_wiring, sizes_of
 from l3m_like.data.lanes import check_lanes, default_lanes
 from l3m_like.data.paths import DataMissing
+from l3m_like.distributed.activations import refuse_hidden
 from l3m_like.distributed.mesh import AXES, Mesh, axis_sizes, build_mesh
 from l3m_like.distributed.parallelize import apply_tensor_parallel, parallelize
 from l3m_like.generate.sampler import Inference
@@ -64,7 +66,8 @@ class Report:
     #: what could not be checked here: ``{what: path}``
     missing: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    #: exact numbers, for callers: parameters, trainable, memory (bytes by term), flops_per_step, flops_per_unit
+    #: exact numbers, for callers: parameters, trainable, memory (bytes by term), flops_per_step, flops_per_unit,
+    #: computed (FLOPs of a step on this rank, recomputation included: ``Activations.flops``)
     numbers: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -113,6 +116,8 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
     with fake_mesh(cfg, processes) as mesh:
         run = plan(cfg, dp_size)
         made = _check_optimizer(cfg, run)
+        if cfg.parallel.offload is not None:
+            refuse_hidden(cfg.parallel.checkpoint, compiled=cfg.parallel.compile)
         sharded = _check_mesh(cfg, run, mesh)
         inference = _check_sampler(cfg, run.model)
         evaluations = Evaluations(cfg, run.parts, run.losses, mesh, run.micro_rows)
@@ -134,7 +139,13 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
             for key, spec in run.wiring.provided.items()
         }
         activations = measure_activations(
-            run.model, run.updates, meta, checkpointing=cfg.parallel.checkpoint, shards=shards, mesh=replace(mesh, world_size=1)
+            run.model,
+            run.updates,
+            meta,
+            checkpointing=cfg.parallel.checkpoint,
+            offload=to_plain(cfg.parallel.offload),
+            shards=shards,
+            mesh=replace(mesh, world_size=1),
         )
     muon = {route.name for route in made if route.to == "muon"}
     static = static_bytes(sharded, ema=cfg.ema is not None, muon=muon)
@@ -315,6 +326,7 @@ def _run_section(cfg: RunConfig, run: Plan, sizes: Mapping[str, int], processes:
     batch = f"{global_batch} global = {run.micro_rows} micro x {run.accumulation} accumulation x {dp} data-parallel"
     compute = f"{parallel.precision}, activation checkpointing {parallel.checkpoint}"
     compute += ", compiled units" if parallel.compile else ""
+    compute += "" if parallel.offload is None else f", activations offloaded but for the last {parallel.offload.keep}"
     rows = [
         ("mesh", f"{processes} process{'es' if processes > 1 else ''}: {axes}"),
         ("batch", f"{batch}; a step is {step}"),
@@ -399,7 +411,7 @@ def _memory_section(
     ]
     numbers = {name: size for name, size, _, _ in terms} | {"saved": activations.saved, "total": total}
     title = f"memory per rank ({processes} process{'es' if processes > 1 else ''})"
-    return Section(title, rows, notes=notes, right=(1,)), {"memory": numbers}
+    return Section(title, rows, notes=notes, right=(1,)), {"memory": numbers, "computed": activations.flops * run.accumulation}
 
 
 def _state_kept(run: Plan) -> str:

@@ -22,9 +22,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
+from l3m_like.distributed.activations import apply_checkpointing, apply_offload, is_matmul
 from l3m_like.distributed.gradients import local
-from l3m_like.distributed.parallelize import DTYPES, apply_checkpointing
+from l3m_like.distributed.parallelize import DTYPES
 from l3m_like.training.updates import Update, assign_parameters
 
 
@@ -38,6 +40,8 @@ class Activations:
     peak: int
     #: the moment of a step at which most is needed
     worst: Moment
+    #: FLOPs of matrix products and of attention's forward, of which there are more where something is computed twice
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,13 +193,15 @@ def measure_activations(
     updates: Sequence[Update],
     data: Mapping[str, Tensor],
     *,
-    checkpointing: str | int,
+    checkpointing: str | int | Mapping[str, Any],
+    offload: Mapping[str, int] | None = None,
     shards: Sharding | None = None,
     mesh: Any = None,
 ) -> Activations:
     """Run every update once on the meta tensors ``data``; the most that any of them needs.
 
-    ``model`` is as ``become_local`` leaves it; its units are put under activation checkpointing in place.
+    ``model`` is as ``become_local`` leaves it; its units are put under activation checkpointing and offload in place. What
+    selective checkpointing keeps counts as staying on the device also with offload (compiled, it is offloaded too).
     """
     shards = shards or Sharding()
     parts = {id(part): part for update in updates for part in update.parts.values()}
@@ -203,12 +209,13 @@ def measure_activations(
         units = [unit for _, block in part.blocks() for unit in block.shard_units()]
         for unit in units:  # inside of checkpointing: the mode around the whole does not reach what backward recomputes
             unit.forward = functools.partial(_fused_forward, unit.forward)  # type: ignore[method-assign]
-        if checkpointing != "none":
-            apply_checkpointing(units, checkpointing)
+        apply_checkpointing(units, checkpointing)
+        if offload is not None:
+            apply_offload(units, torch.device("meta"), **offload)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assign_parameters(updates, trained)
     known = [*model.parameters(), *data.values()]
-    saved = peak = 0
+    saved = peak = flops = 0
     worst = Moment("", 0, 0, 0)
     carried: dict[str, Tensor] = {}
     for update in updates:
@@ -228,6 +235,7 @@ def measure_activations(
             ]
             kept_bytes, kept = _forward_backward(update, {**data, **carried}, live, mesh)
         saved, peak = max(saved, kept_bytes - whole), max(peak, live.peak_activations)
+        flops += live.flops
         in_backward = Moment("in the backward pass", live.at_peak[0], live.at_peak[1], shards.gathered + shards.working)
         left = live.gradients - shards.root_gradients  # the accumulated ones took the new ones in
         at_its_end = Moment(
@@ -239,7 +247,7 @@ def measure_activations(
             hook.remove()
         for parameter in update.parameters.values():
             parameter.grad = None
-    return Activations(saved, peak, worst)
+    return Activations(saved, peak, worst, flops)
 
 
 def _land(live: LiveBytes, size: tuple[int, int], parameter: Tensor) -> None:
@@ -271,7 +279,8 @@ def _forward_backward(update: Update, data: dict[str, Tensor], live: LiveBytes, 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages of tensors that operations make: bytes alive ``now``, of which ``gradients``, and their peaks.
+    """Follows the storages of tensors that operations make: bytes alive ``now``, of which ``gradients``, and their peaks; and
+    counts ``flops`` (as in ``Activations``).
 
     Args:
         known: tensors whose storages do not count (parameters, inputs).
@@ -279,7 +288,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = self.gradients = self.peak_activations = 0
+        self.now = self.peak = self.gradients = self.peak_activations = self.flops = 0
         #: activations and gradients at the peak
         self.at_peak = (0, 0)
         self._alive: dict[int, Any] = {}
@@ -288,6 +297,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.flops += _flops(func, args, out)
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 self._follow(value, value.untyped_storage().nbytes())
@@ -315,6 +325,15 @@ class LiveBytes(TorchDispatchMode):
             self.now -= size
 
         return end
+
+
+def _flops(func: Any, args: Any, out: Any) -> int:
+    if is_matmul(func._schema.name):
+        return flop_registry[func._overloadpacket](*args, out_val=out)
+    if func is torch.ops.aten._scaled_dot_product_cudnn_attention.default:
+        q, k, causal = args[0], args[1], args[6]  # [B, H, S, K]
+        return 4 * q.numel() * k.shape[2] // (2 if causal else 1)
+    return 0
 
 
 class FusedAttention(TorchFunctionMode):

@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from l3m_like.config import RunConfig, start_run
+from l3m_like.config.strict import to_plain
 from l3m_like.core.diagram import Diagram
 from l3m_like.core.errors import Stopped, UserError
 from l3m_like.core.meta_model import MetaModel, as_model
 from l3m_like.core.wiring import Trace, Wiring, check_wiring, parts_of
 from l3m_like.data.lanes import check_lanes, default_lanes
 from l3m_like.data.loader import Loader
+from l3m_like.distributed.compiled import Graphs
 from l3m_like.distributed.gradients import set_gradient_sync
 from l3m_like.distributed.mesh import build_mesh, gather_objects
 from l3m_like.distributed.parallelize import parallelize
@@ -134,6 +136,8 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     resumes = checkpointer.latest() is not None or cfg.checkpoint.resume not in ("auto", "never")
     for loss in run.losses.values():
         loss.bind(mesh)
+    graphs = Graphs(cfg.parallel.compile_limit)
+    offload = to_plain(cfg.parallel.offload)
     for name, part in parts.items():
         specs = init_specs(part)
         for _, block in part.blocks():
@@ -143,7 +147,8 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             mesh,
             precision=cfg.parallel.precision,
             checkpointing=cfg.parallel.checkpoint,
-            compile_units=cfg.parallel.compile,
+            compile_units=graphs if cfg.parallel.compile else False,
+            offload=offload,
             reshard_after_forward=cfg.parallel.reshard_after_forward,
         )
         materialize(part, mesh.device)
@@ -238,6 +243,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         units = {name: sum(run.dataset.units(micro, name) for micro in batch.micro) for name in (None, *run.dataset.names)}
         pending.append(StepRecord(step, sums, norms, batch, rates, waited, units, flops.of(batch.micro)))
         step += 1
+        graphs.after_step()
         upcoming = fetch(loader, updates, signals, mesh) if step < steps else None
         over = upcoming is None  # on all ranks
         ending = over or stop
@@ -246,6 +252,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         saving = ending or (cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0)
         if saving or step % cfg.log.every == 0 or evaluations.due(step):
             rows = flush(pending, updates, mesh, began, unit=run.dataset.unit, refs=cfg.log.refs, ledger=cfg.data.keeps_ledger)
+            rows[-1] |= graphs.news()
             reporter.steps(rows)
             bad_steps = watch_bad_steps(rows, bad_steps, cfg.guard.max_bad_steps)
             bad_samples = watch_bad_samples(rows, bad_samples, cfg.data.max_bad_samples)
@@ -268,6 +275,8 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
 
     # ---- the end -------------------------------------------------------------------------------------------------
     checkpointer.wait()
+    if cfg.parallel.compile:
+        reporter.stamp["graphs"] = str(graphs)
     reporter.close(final)
     if over and step < steps:
         if mesh.is_main:

@@ -40,6 +40,8 @@ COMMAND_LINE_ERRORS = {
     "parallel.precision=fp16": ["parallel.precision = 'fp16'", "loss scaler", "bf16"],
     "parallel.precision=bf61": ["parallel.precision = 'bf61'", "Did you mean 'bf16'?"],
     "parallel.checkpoint=some": ["one of none, full, selective"],
+    "parallel.offload={kep: 2}": ["parallel.offload.kep", "Did you mean 'keep'?"],
+    "parallel.offload.keep=0": ["parallel.offload.keep = 0", "at least 1"],
     "parallel.dp_shard=0": ["parallel.dp_shard = 0", "-1 for what is left"],
     "schedule.name=cosin": ["schedule.name = 'cosin'", "Did you mean 'cosine'?"],
     "schedule.name=wsd": ["schedule.decay", "wsd needs"],

@@ -234,7 +234,7 @@ def toy(tree: Mapping[str, Any], **settings: Any) -> Any:
 
 def path_of(setting: str) -> str:
     """``tp`` -> ``parallel.tp``: the short names that tests use."""
-    parallel = ("dp_shard", "dp_replicate", "tp", "precision", "checkpoint", "compile")
+    parallel = ("dp_shard", "dp_replicate", "tp", "precision", "checkpoint", "compile", "offload")
     return {"micro": "batch.micro", **{name: f"parallel.{name}" for name in parallel}}.get(setting, setting)
 
 

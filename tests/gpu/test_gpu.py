@@ -163,14 +163,14 @@ def test_resume_is_bitwise(kind: str, precision: str, tmp_path: Path) -> None:
 EVERY = 4
 
 
-def refuse_waiting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def refuse_waiting(monkeypatch: pytest.MonkeyPatch, every: int = EVERY) -> list[int]:
     """Make anything that waits for the device an error, in all steps but the first and those that log. Returns their numbers."""
     begun, watched = [], []
     agreed = Upcoming.agreed
 
     def begin(upcoming: Upcoming) -> Any:
         begun.append(len(begun) + 1)
-        quiet = begun[-1] > 1 and begun[-1] % EVERY != 0
+        quiet = begun[-1] > 1 and begun[-1] % every != 0
         torch.cuda.set_sync_debug_mode("error" if quiet else "default")
         watched.extend(begun[-1:] if quiet else [])
         return agreed(upcoming)
@@ -188,12 +188,73 @@ def test_a_step_does_not_wait(kind: str, precision: str, tmp_path: Path, monkeyp
     assert len(rows) == 3 * EVERY and watched == [2, 3, 5, 6, 7, 9, 10, 11]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.checkpoint=none"],
+        ["parallel.checkpoint=selective", "parallel.offload={smallest: 1}"],
+        ["parallel.checkpoint=full", "parallel.offload={smallest: 1}"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_packed_documents_compiled_do_not_wait_between_lines(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 steps without a look at the device, over rows of several documents; and one graph for all of them."""
+    watched = refuse_waiting(monkeypatch, 200)
+    quick = ["steps=400", "log.every=200", "gc_every=1000", "parallel.precision=bf16", "parallel.compile=true", "ema.decay=0.9"]
+    rows = rows_of(config("llm", tmp_path, *quick, *overrides))
+    assert len(rows) == 400 and watched == [step for step in range(2, 400) if step != 200]
+    told = [row for row in rows if "graphs" in row]
+    assert [(row["graphs"], row["recompiles"]) for row in told] == [({"TransformerLayer": {"training": 1, "evaluation": 0}}, 0)]
+
+
 def test_a_step_that_waits_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_waiting(monkeypatch)
     bad = Guard.bad
     monkeypatch.setattr(Guard, "bad", lambda guard, norm: bad(guard, norm * float(norm.isfinite().item())))
     with pytest.raises(RuntimeError, match="synchronizing"):
         rows_of(config("llm", tmp_path, f"steps={3 * EVERY}", f"log.every={EVERY}"))
+
+
+# ---- what units keep -----------------------------------------------------------------------------------------------------
+
+#: activations beside which weights are small
+WIDE = ["layers=8", "dim=256", "mlp_dim=1024", "sequence=512", "batch.global=16", "batch.micro=16", "steps=6", "log.every=1"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpoint", ["none", "full", "selective"])
+def test_offload_changes_no_bit_and_saves_memory(checkpoint: str, compiled: bool, tmp_path: Path) -> None:
+    if checkpoint == "selective" and not compiled:
+        pytest.skip("refused")
+    peaks, found = [], []
+    shared = ["deterministic=true", "parallel.precision=bf16", f"parallel.checkpoint={checkpoint}"]
+    shared += [f"parallel.compile={compiled}"]
+    for number, offload in enumerate(("null", "{smallest: 65536}")):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        rows = rows_of(config("llm", tmp_path / str(number), *WIDE, *shared, f"parallel.offload={offload}"))
+        found.append([(row["loss"], row["grad_norm"]) for row in rows])
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert found[0] == found[1]
+    assert peaks[1] < {"none": 0.7, "selective": 0.9, "full": 1.0}[checkpoint] * peaks[0], peaks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_selective_checkpointing_knows_the_attention_of_the_device(dtype: torch.dtype, device: torch.device) -> None:
+    from l3m_like.distributed.activations import apply_checkpointing, is_attention
+    from tests.distributed.test_activations import Ran, Unit
+
+    def forwards(mode: Any) -> int:
+        unit = Unit().to(device, dtype)
+        apply_checkpointing([unit], mode)
+        x, table = (torch.randn(2, 64, 16, device=device, dtype=dtype, requires_grad=needs) for needs in (True, False))
+        with Ran() as seen:
+            unit(x, (table, table)).sum().backward()
+        return sum(number for name, number in seen.counts.items() if is_attention(name))
+
+    assert forwards("full") == 2 and forwards("selective") == forwards({"save": ["attention"]}) == 1
 
 
 # ---- skipped steps -------------------------------------------------------------------------------------------------------

@@ -50,14 +50,22 @@ class AdamW(torch.optim.AdamW):
         """Step what our kernel takes, and drop its gradients, so that torch passes it over."""
         counts = []
         for group in self.param_groups:
-            settings = {name: group[name] for name in ("lr", "eps", "weight_decay")} | {"betas": group["betas"]}
+            settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             for parameter in group["params"]:
                 if parameter.grad is None or not takes(local(parameter)):
                     continue
                 state = self.state[parameter]
-                moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
-                scalars = {"found_inf": found_inf, "grad_scale": grad_scale, "copy": copy_of(parameter)}
-                adamw(local(parameter), local(parameter.grad), *moments, state["step"], **settings, **scalars)
+                adamw(
+                    local(parameter),
+                    local(parameter.grad),
+                    local(state["exp_avg"]),
+                    local(state["exp_avg_sq"]),
+                    state["step"],
+                    found_inf=found_inf,
+                    grad_scale=grad_scale,
+                    copy=copy_of(parameter),
+                    **settings,
+                )
                 counts.append(state["step"])
                 parameter.grad = None
         if counts:
