@@ -68,7 +68,7 @@ def share_out(matrices: Sequence[Matrix], ranks: int, cost: Callable[[Matrix], i
 
 
 def buckets(matrices: Sequence[Matrix], mesh: Mesh, elements: int) -> list[Bucket]:
-    """``matrices`` (by owner) in groups that travel together: of each owner as many as have ``elements`` elements, but one."""
+    """``matrices`` (by owner) in groups that travel together: of each owner at most ``elements`` elements, or one matrix."""
     groups: dict[int, list[Matrix]] = {}
     number = held = 0
     for before, matrix in itertools.pairwise([None, *matrices]):

@@ -245,6 +245,25 @@ def test_uneven_shards() -> None:
 
 
 @contextmanager
+def in_bfloat16() -> Iterator[None]:
+    """What an accelerator does in a bf16 run."""
+    from l3m_like.training.optim import build
+
+    with mock.patch.object(build, "muon_dtype", lambda *args: torch.bfloat16):
+        yield
+
+
+@pytest.mark.parametrize("mesh", ["dp_shard 2", "dp_replicate 2 x tp 2"])
+def test_bfloat16_travels(mesh: str) -> None:
+    """Each update is rounded; the movement of three steps is that of float64 to a percent or two."""
+    exact = reference("llm")
+    for record in on("llm", mesh, in_bfloat16):
+        for name in (name.removesuffix(".momentum") for name in exact.state["main"] if name.endswith(".momentum")):
+            moved, wanted = record.final[name] - exact.start[name], exact.final[name] - exact.start[name]
+            assert 0 < float((moved - wanted).norm() / wanted.norm()) < 0.03, name
+
+
+@contextmanager
 def shards_orthogonalised() -> Iterator[None]:
     """Each half of the rows apart, as if every rank took its own shard for the matrix."""
     from l3m_like.kernels.newton_schulz import newton_schulz

@@ -17,8 +17,10 @@ from l3m_like.distributed.mesh import Mesh
 from l3m_like.distributed.owners import Bucket, Matrix, Pending, buckets, share_out
 from l3m_like.kernels.newton_schulz import method_for, newton_schulz, newton_schulz_flops
 
-#: elements that an owner has in work at a time: while it computes on them, the next ones travel
-_IN_WORK = 1 << 25
+#: elements that an owner has in work at a time, at most: enough blocks to fill an accelerator
+_IN_WORK = 1 << 26
+#: parts of an owner's work, at least: while it computes on one, the next one arrives and the last one returns
+_PARTS = 4
 
 
 def scale_of(rows: int, cols: int, scale: str) -> float:
@@ -53,7 +55,8 @@ class Muon:
         ]
         matrices = share_out(matrices, mesh.world_size, self._flops)
         self.owners = {matrix.name: matrix.owner for matrix in matrices}
-        self.buckets = buckets(matrices, mesh, _IN_WORK)
+        even = sum(matrix.parameter.numel() for matrix in matrices) // mesh.world_size
+        self.buckets = buckets(matrices, mesh, _IN_WORK if mesh.world_size == 1 else min(_IN_WORK, even // _PARTS))
         group_of = {name: number for number, group in enumerate(groups) for name in group["names"]}
         #: per bucket: ``{(group, factor of the update): places in the bucket}``
         self._alike: list[dict[tuple[int, float], list[int]]] = []
