@@ -124,7 +124,7 @@ def bench(
         watch = Watch(mesh.device, warmup + steps, plain, recorder, say, warmup)
         say(f"building {cfg.experiment}: batch.global={cfg.batch.global_} batch.micro={cfg.batch.micro}")
         if mesh.device.type == "cuda":
-            torch.cuda.resetpeak_memory_stats(mesh.device)
+            torch.cuda.reset_peak_memory_stats(mesh.device)
         with watch.attached(), contextlib.suppress(Watch.Enough):
             train(cfg)
             raise UserError(f"bench: the data ended before {warmup + steps} steps; lower --steps.")
