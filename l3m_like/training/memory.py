@@ -331,7 +331,7 @@ def _flops(func: Any, args: Any, out: Any) -> int:
     if is_matmul(func._schema.name):
         return flop_registry[func._overloadpacket](*args, out_val=out)
     if func is torch.ops.aten._scaled_dot_product_cudnn_attention.default:
-        q, k, causal = args[0], args[1], args[6]  # [B, H, S, K]
+        q, k, causal = args[0], args[1], len(args) > 6 and args[6]  # [B, H, S, K]; a default is not passed on
         return 4 * q.numel() * k.shape[2] // (2 if causal else 1)
     return 0
 
