@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.compiler.config as compiler_config
 from torch import Tensor
 
 from l3m_like.kernels.select import resolve
@@ -25,6 +28,12 @@ except ImportError:  # torch comes without it on macOS and Windows; the referenc
     def jit(function: Any) -> Any:
         return function
 
+
+# torch.compile's cache on disk knows the source of an operation's forward kernel, but neither that of its backward nor how they
+# are launched: without this it would go on with kernels that have changed
+compiler_config.cache_key_tag += hashlib.sha1(
+    b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()
 
 #: kernels run in Python, on tensors of the CPU: the tests without a GPU
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

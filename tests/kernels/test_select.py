@@ -1,0 +1,52 @@
+"""The choice of kernels: from the config to the layer, and what cannot run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from l3m_like.config import RunConfig
+from l3m_like.core.errors import UserError
+from l3m_like.kernels.rms_norm import rms_norm
+from l3m_like.kernels.select import AUTO, in_use, selected, selecting
+from l3m_like.layers import RMSNorm
+
+LLM = Path(__file__).parents[2] / "configs" / "experiment" / "llm.yaml"
+
+
+def test_layers_keep_what_was_chosen_when_they_were_built() -> None:
+    assert selected("rms_norm") == "auto"
+    with pytest.raises(ZeroDivisionError), selecting({"rms_norm": "torch"}):
+        assert RMSNorm(4).backend == "torch" and selected("rope") == "auto"
+        _ = 1 / 0
+    assert RMSNorm(4).backend == "auto"
+
+
+def test_the_config_chooses() -> None:
+    with torch.device("meta"):
+        model = RunConfig.from_file(LLM, ["kernels.rms_norm=torch", "kernels.rope=triton"]).instantiate("model")
+    layer = model.trunk.layers[0]
+    assert layer.norm_2.backend == "torch" and layer.mixer.rope_backend == "triton" and layer.mlp.backend == "auto"
+    with pytest.raises(UserError, match="kernels.swiglu = 'tritom'"):
+        RunConfig.from_file(LLM, ["kernels.swiglu=tritom"])
+
+
+def test_a_choice_that_cannot_run_is_an_error() -> None:
+    x, weight = torch.ones(2, 4), torch.ones(4)
+    with pytest.raises(UserError, match="kernels.rms_norm = triton: it needs an NVIDIA GPU"):
+        rms_norm(x, weight, 1e-6, backend="triton")
+    with pytest.raises(UserError, match="Did you mean 'triton'"):
+        rms_norm(x, weight, 1e-6, backend="tritom")
+    assert rms_norm(x.to("meta"), weight.to("meta"), 1e-6, backend="triton").shape == x.shape  # only shapes are wanted
+    assert torch.equal(rms_norm(x.double(), weight.double(), 0.0, backend="triton"), x.double())  # float64 has the reference
+
+
+def test_the_line_at_the_start() -> None:
+    choices = dict.fromkeys([*AUTO, "attention"], "auto")
+    assert in_use(choices, "cpu", "fp32") == (
+        "kernels: rms_norm=torch modulated_norm=torch rope=torch swiglu=torch attention=auto"
+    )
+    with pytest.raises(UserError, match="kernels.swiglu = triton"):
+        in_use(choices | {"swiglu": "triton"}, "cpu", "bf16")
