@@ -47,10 +47,10 @@ def _dataset(cfg: RunConfig, kind: str) -> dict[str, Any]:
         "longest": length,
     }
     packs: dict[str, dict[str, Any]] = {
-        # TODO(separate): add "separate": False here as soon as TokenPack takes it: a row is one document, and needs no mask
-        "tokens": {"_target_": "l3m_like.data.ConcatPack", "length": length},
+        # a row is one document, and padding comes last: a causal mask is enough
+        "tokens": {"_target_": "l3m_like.data.OnePerRow", "length": length, "separate": False},
         "documents": {"_target_": "l3m_like.data.FitPack", "length": length, "fit": "best"},
-        "documents-padded": {"_target_": "l3m_like.data.OnePerRow", "length": length},
+        "documents-padded": {"_target_": "l3m_like.data.OnePerRow", "length": length, "separate": False},
     }
     return {
         "source": {
