@@ -99,7 +99,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
-    run = _compiled_flex() if q.is_cuda else _plain_flex()
+    run = _flex_attention(q.is_cuda)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return run(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
@@ -161,16 +161,18 @@ def _flash_attn_package() -> tuple[Any, Any]:
     raise UserError("attention backend flash_attn: the package is not installed.")
 
 
-@functools.cache
-def _compiled_flex() -> Any:
-    # uncompiled, it would hold all scores
-    return torch.compile(_plain_flex(), dynamic=False)
-
-
-def _plain_flex() -> Any:
+def _flex_attention(compiled: bool) -> Any:
+    """FlexAttention; in a unit that is compiled, it is compiled with it. Uncompiled, it would hold all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention
+    if not compiled or torch.compiler.is_compiling():
+        return flex_attention
+    if "flex" not in _COMPILED:
+        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=False)
+    return _COMPILED["flex"]
+
+
+_COMPILED: dict[str, Any] = {}
 
 
 def _varlen_names_gqa() -> bool:

@@ -71,7 +71,7 @@ def _forward_kernel(
     gate_stride,
     shift_stride,
     scale_stride,
-    eps,
+    eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     D: tl.constexpr,
     GATED: tl.constexpr,
     NORM: tl.constexpr,
@@ -122,7 +122,7 @@ def _backward_kernel(
     tokens_each,
     gate_stride,
     scale_stride,
-    eps,
+    eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     D: tl.constexpr,
     GATED: tl.constexpr,
     NORM: tl.constexpr,

@@ -53,7 +53,7 @@ def _forward_kernel(
     num_rows,
     x_stride,
     residual_stride,
-    eps,
+    eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     D: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -87,7 +87,7 @@ def _backward_kernel(
     grad_stride,
     grad_sum_stride,
     x_stride,
-    eps,
+    eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     D: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,

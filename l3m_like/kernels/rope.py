@@ -74,7 +74,7 @@ def _forward_heads(
     sin_ptr,
     out_ptr,
     head_stride,
-    eps,
+    eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     HEADS: tl.constexpr,
     K: tl.constexpr,
     NORM: tl.constexpr,
@@ -127,7 +127,7 @@ def _forward_kernel(
     k_token,
     k_head,
     table_batch,
-    eps,
+    eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     H: tl.constexpr,
     HKV: tl.constexpr,
     K: tl.constexpr,
@@ -163,7 +163,7 @@ def _backward_heads(
     sum_b,
     grad_head_stride,
     head_stride,
-    eps,
+    eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     alive,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -240,7 +240,7 @@ def _backward_kernel(
     k_token,
     k_head,
     table_batch,
-    eps,
+    eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     H: tl.constexpr,
     HKV: tl.constexpr,
     K: tl.constexpr,

@@ -26,10 +26,15 @@ class EMA:
     @torch.no_grad()
     def update(self, skipped: Tensor | None = None) -> None:
         """Move towards the parameters; by nothing where the device scalar ``skipped`` is 1."""
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for name, average in self.average.items():
-            target = local(self.parameters[name]).to(average.dtype)
-            weight = torch.full((), 1.0 - self.decay, dtype=average.dtype, device=target.device)
-            local(average).lerp_(target, weight if skipped is None else weight * (1.0 - skipped.to(average.dtype)))
+            averages, targets = by_dtype.setdefault(average.dtype, ([], []))
+            averages.append(local(average))
+            targets.append(local(self.parameters[name]).to(average.dtype))
+        for dtype, (averages, targets) in by_dtype.items():
+            weight = torch.full((), 1.0 - self.decay, dtype=dtype, device=averages[0].device)
+            weight = weight if skipped is None else weight * (1.0 - skipped.to(dtype))
+            torch._foreach_lerp_(averages, targets, [weight] * len(averages))
 
     @torch.no_grad()
     def swap(self) -> None:
