@@ -44,15 +44,15 @@ WIDEST = 16384
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def use_triton(op: str, backend: str, x: Tensor, width: int = 1) -> bool:
-    """Whether a call of ``op`` on tensors like ``x`` is its Triton kernel (a constant under torch.compile).
+def use_triton(op: str, backend: str, x: Tensor, *others: Tensor | None, width: int = 1) -> bool:
+    """Whether a call of ``op`` on ``x`` and ``others`` is its Triton kernel (a constant under torch.compile).
 
     float64 and tensors without data have the reference under every name; ``width``: of the rows that must fit in registers.
 
     Raises:
         UserError: ``backend`` is "triton" and it cannot run, or is no backend.
     """
-    if x.is_meta or x.dtype == torch.float64:
+    if x.is_meta or any(t is not None and t.dtype == torch.float64 for t in (x, *others)):
         return False
     able = HAS_TRITON and (x.is_cuda or (INTERPRETED and backend == "triton")) and x.dtype in _DTYPES and width <= WIDEST
     return resolve(op, backend, able=able)

@@ -50,7 +50,7 @@ def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, *, backend: str = "a
 def _use_triton(backend: str, x: Tensor, *modulation: Tensor) -> bool:
     """Modulation of any other shape than one vector per row of the batch is left to torch."""
     fits = x.dim() == 3 and all(m.shape == (x.shape[0], 1, x.shape[2]) for m in modulation)
-    return fits and use_triton("modulated_norm", backend, x, x.shape[-1])
+    return fits and use_triton("modulated_norm", backend, x, *modulation, width=x.shape[-1])
 
 
 # ---- Triton --------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The norm of ``x`` in the weight's dtype; with a ``residual`` [..., D], ``(norm of x + residual, x + residual)``."""
-    if use_triton("rms_norm", backend, x, x.shape[-1]):
+    if use_triton("rms_norm", backend, x, weight, residual, width=x.shape[-1]):
         return _rms_norm(x, weight, eps) if residual is None else _add_rms_norm(x, residual, weight, eps)
     if residual is None:
         return rms_norm_reference(x, weight, eps)

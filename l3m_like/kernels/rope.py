@@ -49,7 +49,7 @@ def qk_norm_rope(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys after the norm (if there are weights) and the rotation (if there are cosines), in their shapes."""
-    if use_triton("rope", backend, q) and _fits(q, k, cos):
+    if use_triton("rope", backend, q, k, cos, sin, q_weight, k_weight) and _fits(q, k, cos):
         if q_weight is not None and k_weight is not None:
             return _norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
         if q_weight is None and k_weight is None and cos is not None and sin is not None:

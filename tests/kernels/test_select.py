@@ -40,6 +40,8 @@ def test_a_choice_that_cannot_run_is_an_error() -> None:
     with pytest.raises(UserError, match="Did you mean 'triton'"):
         rms_norm(x, weight, 1e-6, backend="tritom")
     assert rms_norm(x.to("meta"), weight.to("meta"), 1e-6, backend="triton").shape == x.shape  # only shapes are wanted
+    for kind in (x, x.double()):
+        assert rms_norm(kind, weight.double(), 0.0, backend="triton").dtype == torch.float64
     assert torch.equal(rms_norm(x.double(), weight.double(), 0.0, backend="triton"), x.double())  # float64 has the reference
 
 
