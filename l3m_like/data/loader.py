@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,8 @@ from l3m_like.data.lanes import Lane, check_lanes, check_state, count_rows, defa
 from l3m_like.data.packing import Piece
 
 REMAINDERS = ("drop", "pad", "wrap")
+#: how long a thread may keep the interpreter from others that ask for it
+_SWITCH_SECONDS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,11 @@ class Loader:
             check_state(state, lanes, self._stream)
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="data-worker") if workers else None
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="data-prefetch") if prefetch else None
+        self._switch_interval = sys.getswitchinterval()
+        if workers or prefetch:
+            # every operation of torch gives up the interpreter and asks for it back; a thread that reads data would keep it for
+            # 5 ms each time, and the accelerator would run dry
+            sys.setswitchinterval(min(self._switch_interval, _SWITCH_SECONDS))
         self._prefetch = prefetch
         per_rank = lanes // dp_size
         self._lanes = [
@@ -163,6 +171,7 @@ class Loader:
         for pool in (self._maker, self._workers):
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
+        sys.setswitchinterval(self._switch_interval)
 
     def _make(self, number: int) -> Step | None:
         """Step ``number``; called once for each, in order, by one thread. None: some lane has no more rows."""
