@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from dataclasses import dataclass
@@ -71,8 +72,14 @@ class RandomTokens:
         return f"{self.path}#{index}"
 
 
+#: different latents
+_LATENTS = 256
+
+
 class RandomLatents:
     """Standard normal latents and random classes, for ``ClassLatent``.
+
+    A few latents are drawn once and given again and again, since drawing one takes longer than reading one from a file.
 
     Args:
         channels, size: of the latent [channels, size, size].
@@ -89,17 +96,20 @@ class RandomLatents:
                 f"RandomLatents: channels {channels}, size {size}, classes {classes}, {samples} samples; each is at least 1."
             )
         self.shape, self.classes, self.seed, self.samples = (channels, size, size), classes, seed, samples
+        self._files = functools.cache(self._file)
 
     def __len__(self) -> int:
         return self.samples
 
     def read(self, index: int) -> dict[str, bytes]:
         """``npy``: float32 [channels, size, size] as numpy saves it; ``cls``: the class in digits."""
-        words = _words(self.seed, f"latents/{index}")
-        label = int(words.random_raw(1)[0] % np.uint64(self.classes))
+        label = int(_words(self.seed, f"labels/{index}").random_raw(1)[0] % np.uint64(self.classes))
+        return {"npy": self._files(index % _LATENTS), "cls": str(label).encode()}
+
+    def _file(self, number: int) -> bytes:
         file = io.BytesIO()
-        np.save(file, _normals(words, math.prod(self.shape)).reshape(self.shape))
-        return {"npy": file.getvalue(), "cls": str(label).encode()}
+        np.save(file, _normals(_words(self.seed, f"latents/{number}"), math.prod(self.shape)).reshape(self.shape))
+        return file.getvalue()
 
     def reference(self, index: int) -> str:
         return f"{self.path}#{index}"
