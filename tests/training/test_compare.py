@@ -105,10 +105,7 @@ def test_equal_losses_and_flops(kind: str, data: str, variant: str, monkeypatch:
     peer.close()
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
     difference = ours_counted.get_total_flops() - theirs_counted.get_total_flops()
-    if kind != "sit_xl2":
-        # our loss computes its logits again in the backward pass, instead of keeping them
-        assert difference == 2 * batch["text_ids"].numel() * work.sizes.vocab_size * work.sizes.dim
-    elif variant == "timm-eager":
+    if kind != "sit_xl2" or variant == "timm-eager":
         assert difference == 0
     else:  # every layer embeds the time again
         assert difference < 0
