@@ -15,6 +15,7 @@ from l3m_like.kernels.muon import (
     scaled_reference,
 )
 
+FULL, HALF = torch.float32, torch.float16
 GOOD, BAD = torch.zeros(()), torch.ones(())
 #: smaller than a block; more than one, and no whole number of them
 SHAPES = [(2, 4, 6), (3, 66, 130)]
@@ -32,11 +33,7 @@ def gradients(shape: tuple[int, ...], *dtypes: torch.dtype | None) -> list[Tenso
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize(
-    "dtypes",
-    [(torch.float32,) * 3, (torch.float16,) * 3, (torch.float16, torch.float32, torch.float16), (torch.float32, None, None), (None,) * 3],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("dtypes", [(FULL,) * 3, (HALF,) * 3, (HALF, FULL, HALF), (FULL, None, None), (None,) * 3], ids=str)
 def test_momentum(shape: tuple[int, ...], split: int, nesterov: bool, dtypes: tuple[torch.dtype | None, ...]) -> None:
     grads, momentum = gradients(shape, *dtypes), randn(*shape)
     exact = momentum.double()
