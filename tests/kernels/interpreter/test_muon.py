@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from l3m_like.config.schema import Muon as MuonConfig
 from l3m_like.kernels.muon import (
     apply_pass,
     apply_pass_reference,
@@ -87,3 +90,32 @@ def test_scaled(shape: tuple[int, ...]) -> None:
     for by in (factor, factor[0, 0, 0]):
         assert torch.equal(scaled(x, by, torch.float16), scaled_reference(x, by, torch.float16))
         assert torch.equal(scaled(x.half(), by, torch.float32), scaled_reference(x.half(), by, torch.float32))
+
+
+def stepped(fused: bool) -> list[Tensor]:
+    """Weights, momentum and copies after steps of several shapes and groups; the third step is bad."""
+    from l3m_like.distributed.mesh import build_mesh
+    from l3m_like.training.optim import Muon, muon, parameter_groups
+
+    shapes = {"a": (12, 12), "b": (12, 12), "c": (24, 8), "d": (24, 8), "e": (24, 8), "f": (6, 30)}
+    parameters = {name: nn.Parameter(randn(*shape, seed=i)) for i, (name, shape) in enumerate(shapes.items())}
+    copies = {name: parameter.detach().half() for name, parameter in parameters.items() if name != "b"}
+    for name, copy in copies.items():
+        parameters[name].low_precision_copy = copy  # type: ignore[attr-defined]
+    groups = parameter_groups(
+        parameters, lr=0.02, weight_decay=0.1, groups={"slow": {"params": ["d"], "lr_scale": 0.5}}, no_decay=["a"]
+    )
+    with mock.patch.object(muon, "_IN_WORK_ALONE", 7000), mock.patch.object(muon, "takes", lambda momentum: fused):
+        optimizer = Muon(groups, {"a": 3}, MuonConfig(per_head=True), build_mesh({}), torch.float32)
+        assert [len(bucket.matrices) for bucket in optimizer.buckets].count(2) == 1
+        for step in range(4):
+            for i, (name, parameter) in enumerate(parameters.items()):
+                parameter.grad = None if name == "f" and step == 1 else randn(*parameter.shape, seed=10 * step + i)
+            optimizer.step(torch.tensor(float(step == 2)), torch.tensor(2.0))
+    return [*(p.detach() for p in parameters.values()), *optimizer.named_state().values(), *copies.values()]
+
+
+def test_a_step_is_that_of_the_definitions() -> None:
+    for ours, wanted in zip(stepped(True), stepped(False), strict=True):
+        bound = 1e-5 if ours.dtype == torch.float32 else 1e-3
+        torch.testing.assert_close(ours, wanted, rtol=bound, atol=bound)
