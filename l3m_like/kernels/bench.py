@@ -176,6 +176,63 @@ def sweep() -> Iterator[str]:
                 yield f"{kernel:24} {case.shape:20} {setting:9} (now {getattr(before, setting)})  {'  '.join(found)}"
 
 
+#: batches of Qwen3-1.7B's matrices as Muon has them in work in one process
+MUON_SHAPES = ((28, 2048, 2048), (56, 1024, 2048), (19, 6144, 2048), (14, 2048, 6144))
+
+
+def muon_rows() -> Iterator[dict[str, Any]]:
+    """A row per part of a Muon step: milliseconds, and TB/s or TFLOP/s. Products count whole, iterations what they compute."""
+    from triton.testing import do_bench
+
+    from l3m_like.kernels.muon import apply_pass, momentum_pass, scaled
+    from l3m_like.kernels.newton_schulz import newton_schulz_flops, newton_schulz_scaled
+    from l3m_like.kernels.symmetric_matmul import symmetric_matmul
+
+    def row(op: str, shape: Sequence[int], call: Callable[[], Any], *, moved: int = 0, flops: int = 0) -> dict[str, Any]:
+        time = do_bench(call, return_mode="median")
+        rates = {"tb_per_s": moved / time / 1e9 or None, "tflops": flops / time / 1e9 or None}
+        return {"op": op, "shape": "x".join(map(str, shape)), "ours": time, **rates}
+
+    for shape in MUON_SHAPES:
+        count, rows, cols = shape
+        size, short, long = count * rows * cols, min(rows, cols), max(rows, cols)
+        good, one = torch.zeros((), device="cuda"), torch.ones((), device="cuda")
+        grads = [torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+        momentum = torch.zeros(shape, device="cuda")
+        move = partial(
+            momentum_pass, grads, momentum, mu=0.95, nesterov=True, dtype=torch.bfloat16, grad_scale=one, found_inf=good
+        )
+        yield row("momentum", shape, move, moved=12 * size)
+        update, norm = move()
+        yield row("scale", shape, partial(scaled, update, 1 / norm, torch.float16), moved=4 * size)
+        weights, copies = [m.clone() for m in momentum], [torch.empty_like(g) for g in grads]
+        del grads, momentum
+        half = scaled(update, 1 / norm, torch.float16)
+        put = partial(apply_pass, weights, half, rate=1e-3, decay=1e-3, found_inf=good, copies=copies)
+        yield row("apply", shape, put, moved=12 * size)
+        del weights, copies, put
+        for method in ("symmetric", "gram"):
+            flops = count * newton_schulz_flops(rows, cols, method=method)
+            call = partial(newton_schulz_scaled, update, method=method, norm=norm)
+            yield row(f"newton_schulz, {method}", shape, call, flops=flops)
+        wide = half.mT if rows > cols else half
+        yield row("X X^T, half", shape, partial(symmetric_matmul, wide, wide), flops=2 * count * short**2 * long)
+        yield row("X X^T, bmm", shape, partial(torch.bmm, wide, wide.mT), flops=2 * count * short**2 * long)
+        gram = symmetric_matmul(wide, wide)
+        add = partial(symmetric_matmul, gram, gram, alpha=2.0, add=gram, beta=-4.0, diagonal=3.0)
+        yield row("bA + cA A, half", gram.shape, add, flops=2 * count * short**3)
+        whole = partial(torch.baddbmm, gram, gram, gram, alpha=2.0, beta=-4.0)
+        yield row("bA + cA A, baddbmm", gram.shape, whole, flops=2 * count * short**3)
+        apply = partial(torch.bmm, half, gram) if rows > cols else partial(torch.bmm, gram, half)
+        yield row("Q X, bmm", shape, apply, flops=2 * count * short**2 * long)
+
+
+def muon_line(row: dict[str, Any]) -> str:
+    """A row of ``muon_rows`` as text."""
+    rate = f"{row['tb_per_s']:.2f} TB/s" if row["tb_per_s"] else f"{row['tflops']:.0f} TFLOP/s"
+    return f"{row['op']:24} {row['shape']:14} {row['ours']:8.3f} ms   {rate}"
+
+
 def _randn(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
 

@@ -34,8 +34,8 @@ def symmetric_matmul(
     """``alpha * a @ b.mT + beta * add + diagonal * I`` where that is symmetric.
 
     Args:
-        a, b: [N, rows, depth], each matrix contiguous, of one dtype (float16, bfloat16 or float32): the same tensor twice, or
-            symmetric matrices that commute.
+        a, b: [N, rows, depth], of any strides and one dtype (float16, bfloat16 or float32): the same tensor twice, or symmetric
+            matrices that commute.
         add: symmetric [N, rows, rows], contiguous, same dtype.
 
     Returns:
@@ -53,8 +53,8 @@ def symmetric_matmul(
         out,
         rows,
         depth,
-        a.stride(0),
-        b.stride(0),
+        *a.stride(),
+        *b.stride(),
         alpha,
         beta,
         diagonal,
@@ -76,8 +76,12 @@ def _kernel(
     out,
     rows,
     depth,
-    a_stride,
-    b_stride,
+    a_number,
+    a_row,
+    a_deep,
+    b_number,
+    b_row,
+    b_deep,
     alpha,
     beta,
     diagonal,
@@ -101,8 +105,8 @@ def _kernel(
     column = j * BLOCK + tl.arange(0, BLOCK)
     inner = tl.arange(0, DEEP)
     # beyond the edge a row is read again; what comes of it is not stored
-    left = a + number * a_stride + (row % rows)[:, None] * depth + inner[None, :]
-    right = b + number * b_stride + (column % rows)[None, :] * depth + inner[:, None]
+    left = a + number * a_number + (row % rows)[:, None] * a_row + inner[None, :] * a_deep
+    right = b + number * b_number + (column % rows)[None, :] * b_row + inner[:, None] * b_deep
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for start in range(0, depth, DEEP):
         if WHOLE:
@@ -111,8 +115,8 @@ def _kernel(
             x = tl.load(left, mask=inner[None, :] < depth - start, other=0.0)
             y = tl.load(right, mask=inner[:, None] < depth - start, other=0.0)
         total = tl.dot(x, y, total, input_precision="ieee")
-        left += DEEP
-        right += DEEP
+        left += DEEP * a_deep
+        right += DEEP * b_deep
 
     total = total * alpha
     inside = (row[:, None] < rows) & (column[None, :] < rows)

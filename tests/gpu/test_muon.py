@@ -37,6 +37,38 @@ def test_symmetric_products(rows: int, depth: int, dtype: torch.dtype) -> None:
         assert torch.equal(ours[:, outside], ours.mT[:, outside])
 
 
+@pytest.mark.parametrize("rows", [2048, 300, 129])
+def test_symmetric_products_of_a_tall_matrix(rows: int) -> None:
+    """A transposed view."""
+    from l3m_like.kernels.symmetric_matmul import symmetric_matmul
+
+    x = (torch.randn(2, 1000, rows, device="cuda") / 32).half()
+    exact = x.double().mT @ x.double()
+    assert float((symmetric_matmul(x.mT, x.mT).double() - exact).abs().max()) <= 1e-3 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("shape", [(5, 1024, 2048), (3, 36, 50)], ids=str)
+def test_passes_over_memory(shape: tuple[int, ...], split: int, dtype: torch.dtype) -> None:
+    from l3m_like.kernels.muon import apply_pass, apply_pass_reference, momentum_pass, momentum_pass_reference
+
+    torch.manual_seed(0)
+    good, scale = torch.zeros((), device="cuda"), torch.full((), 1.7, device="cuda")
+    grads = [None, *(torch.randn(shape[1:], device="cuda", dtype=dtype) for _ in range(shape[0] - 1))]
+    momentum, weight = (torch.randn(shape, device="cuda") for _ in range(2))
+    found = []
+    for move, put in ((momentum_pass, apply_pass), (momentum_pass_reference, apply_pass_reference)):
+        m, weights, copies = momentum.clone(), [w.clone() for w in weight], [w.bfloat16() for w in weight]
+        settings = {"mu": 0.95, "nesterov": True, "dtype": torch.bfloat16, "split": split, "grad_scale": scale, "found_inf": good}
+        update, norm = move(grads, m, **settings)
+        put(weights, update.view(shape), rate=0.1, decay=0.01, found_inf=good, copies=copies)
+        assert all(torch.equal(copy, w.bfloat16()) for w, copy in zip(weights, copies, strict=True))
+        found.append((m, update.float(), norm, torch.stack(weights)))
+    for ours, wanted, bound in zip(*found, (1e-5, 1e-2, 1e-3, 2e-3), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=bound, atol=bound)
+
+
 @pytest.mark.parametrize("shape", [(3, 1024, 1024), (2, 1024, 2048), (2, 2048, 512), (5, 96, 200)], ids=str)
 def test_half_precision_is_close_to_float64(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)

@@ -13,12 +13,17 @@ from torch.distributed.tensor import DTensor
 
 from l3m_like.config.schema import Muon as MuonConfig
 from l3m_like.distributed.gradients import local
+from l3m_like.distributed.low_precision import copy_of
 from l3m_like.distributed.mesh import Mesh
-from l3m_like.distributed.owners import Bucket, Matrix, Pending, buckets, share_out
-from l3m_like.kernels.newton_schulz import method_for, newton_schulz, newton_schulz_flops
+from l3m_like.distributed.owners import Bucket, Matrix, Pending, buckets, rank_places, share_out
+from l3m_like.kernels.muon import apply_pass, apply_pass_reference, momentum_pass, momentum_pass_reference, takes
+from l3m_like.kernels.newton_schulz import method_for, newton_schulz, newton_schulz_flops, newton_schulz_scaled
 
 #: elements that an owner has in work at a time, at most: enough blocks to fill an accelerator
 _IN_WORK = 1 << 26
+#: bytes that a process of its own has in work, at most: then 19 matrices of 6144 x 2048 share a launch in half precision, whose
+#: 2584 blocks fill an accelerator 20 times, so that the last time, which is not full, counts for little
+_IN_WORK_ALONE = 1 << 31
 #: parts of an owner's work, at least: while it computes on one, the next one arrives and the last one returns
 _PARTS = 4
 
@@ -55,9 +60,14 @@ class Muon:
         ]
         matrices = share_out(matrices, mesh.world_size, self._flops)
         self.owners = {matrix.name: matrix.owner for matrix in matrices}
-        even = sum(matrix.parameter.numel() for matrix in matrices) // mesh.world_size
-        self.buckets = buckets(matrices, mesh, _IN_WORK if mesh.world_size == 1 else min(_IN_WORK, even // _PARTS))
         group_of = {name: number for number, group in enumerate(groups) for name in group["names"]}
+        self._alone = mesh.world_size == 1
+        if self._alone:
+            batches = _batches(matrices, group_of, dtype.itemsize)
+            self.buckets = [Bucket(batch, mesh, rank_places(mesh)) for batch in batches]
+        else:
+            even = sum(matrix.parameter.numel() for matrix in matrices) // mesh.world_size
+            self.buckets = buckets(matrices, mesh, min(_IN_WORK, even // _PARTS))
         #: per bucket: ``{(group, factor of the update): places in the bucket}``
         self._alike: list[dict[tuple[int, float], list[int]]] = []
         #: per bucket, flat: the momentum of this rank's shards
@@ -77,10 +87,49 @@ class Muon:
 
     @torch.no_grad()
     def step(self, found_inf: Tensor, grad_scale: Tensor | None = None) -> None:
-        """One step; ``found_inf`` and ``grad_scale`` as for ``AdamW.step``. No host sync.
+        """One step; ``found_inf`` and ``grad_scale`` as for ``AdamW.step``. No host sync."""
+        if self._alone:
+            for bucket, momentum, alike in zip(self.buckets, self._momentum, self._alike, strict=True):
+                self._step_alone(bucket, momentum, alike, found_inf, grad_scale)
+        else:
+            self._step_together(found_inf, grad_scale)
 
-        While a bucket is orthogonalised, the next one's shards and the last one's results are on their way.
-        """
+    def _step_alone(
+        self,
+        bucket: Bucket,
+        momentum: Tensor,
+        alike: dict[tuple[int, float], list[int]],
+        found_inf: Tensor,
+        grad_scale: Tensor | None,
+    ) -> None:
+        """The matrices of a bucket, which are of one kind and group, without an exchange."""
+        fused = takes(momentum)
+        ((number, factor),) = alike
+        group = self.param_groups[number]
+        split, rows, cols = bucket.matrices[0].kind
+        parameters = [matrix.parameter for matrix in bucket.matrices]
+        update, norm = (momentum_pass if fused else momentum_pass_reference)(
+            [None if p.grad is None else local(p.grad) for p in parameters],
+            momentum.view(-1, rows, cols),
+            mu=self.settings.momentum,
+            nesterov=self.settings.nesterov,
+            dtype=self.dtype,
+            split=split,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+        made, size = newton_schulz_scaled(update, steps=self.settings.steps, norm=norm)
+        (apply_pass if fused else apply_pass_reference)(
+            [local(p) for p in parameters],
+            made.contiguous().view(-1, rows, cols),
+            rate=group["lr"] * factor / size,
+            decay=group["lr"] * group["weight_decay"],
+            found_inf=found_inf,
+            copies=[copy_of(p) for p in parameters],
+        )
+
+    def _step_together(self, found_inf: Tensor, grad_scale: Tensor | None) -> None:
+        """While a bucket is orthogonalised, the next one's shards and the last one's results are on their way."""
         bad = found_inf.bool()
         arriving = self._send(0, bad, grad_scale)
         leaving: Pending | None = None
@@ -158,6 +207,20 @@ class Muon:
     def named_state(self) -> dict[str, Tensor]:
         """As ``AdamW.named_state``: ``<parameter>.momentum``."""
         return dict(self._named)
+
+
+def _batches(matrices: list[Matrix], group_of: Mapping[str, int], itemsize: int) -> list[list[Matrix]]:
+    """Those of one kind, group and dtype, in as few batches as ``_IN_WORK_ALONE`` allows, which are equally large."""
+    alike: dict[Any, list[Matrix]] = {}
+    for matrix in matrices:
+        alike.setdefault((matrix.kind, group_of[matrix.name], matrix.parameter.dtype), []).append(matrix)
+    made = []
+    for ((split, rows, cols), *_), some in alike.items():
+        # three of the matrix's size, and four square ones of its parts' shorter side
+        work = itemsize * (3 * rows * cols + 4 * split * min(rows // split, cols) ** 2)
+        count = -(-len(some) * work // _IN_WORK_ALONE)
+        made += [some[len(some) * i // count : len(some) * (i + 1) // count] for i in range(count)]
+    return [batch for batch in made if batch]
 
 
 def _with_splits(bucket: Bucket, stacks: list[Tensor]) -> list[tuple[Tensor, int]]:

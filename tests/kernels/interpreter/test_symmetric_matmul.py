@@ -36,6 +36,14 @@ def test_equals_the_definition(rows: int, depth: int, dtype: torch.dtype) -> Non
     check(out, (0.3 * x.double() @ x.double().mT - 0.7 * add.double() + 2 * torch.eye(rows)))
 
 
+def test_columns_of_a_tall_matrix() -> None:
+    """A transposed view: nothing is copied."""
+    x = randn(2, 70, 40).half()
+    check(symmetric_matmul(x.mT, x.mT), x.double().mT @ x.double())
+    other = randn(2, 70, 80).half()[:, :, ::2]
+    check(symmetric_matmul(other.mT, other.mT), other.double().mT @ other.double())
+
+
 def test_matrices_that_commute() -> None:
     x = randn(3, 50, 80)
     a = x @ x.mT / 80
