@@ -22,7 +22,7 @@ from l3m_like.data.packing import Piece
 
 REMAINDERS = ("drop", "pad", "wrap")
 #: how long a thread may keep the interpreter from others that ask for it
-_SWITCH_SECONDS = 1e-4
+_SWITCH_SECONDS = 1e-5
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,41 @@
-"""One AdamW step of one tensor (Loshchilov and Hutter, arXiv:1711.05101), in one pass over its memory.
+"""One AdamW step of many tensors (Loshchilov and Hutter, arXiv:1711.05101), in one launch and one pass over their memory.
 
-Beyond torch's fused AdamW: the gradient may be in half precision, and is not written back when it is scaled; a half-precision
-copy of the weight is written in the same pass. With a bf16 copy that is 28 bytes per weight, where torch's kernel, clipping and
-the casts of weights and gradients take 48.
+Beyond torch's fused AdamW: gradients may be in half precision, and are not written back when they are scaled; half-precision
+copies of the weights are written in the same pass. With bf16 copies that is 28 bytes per weight, where torch's kernel, clipping
+and the casts of weights and gradients take 48. Tensors lie where autograd and the model have put them: the kernel finds them by
+a table of addresses.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a machine without an accelerator may do without
-    triton = None
+from l3m_like.kernels.launch import HAS_TRITON, jit, tl
 
 _BLOCK = 2048
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A weight and its state, float32, contiguous, of one shape (``step``: a scalar, the steps done); ``copy``, in half
+    precision, takes the new weight."""
+
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    copy: Tensor | None = None
+
+
 def adamw_reference(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
+    weights: Sequence[Weight],
+    grads: Sequence[Tensor | None],
     *,
     lr: float,
     betas: tuple[float, float],
@@ -34,123 +43,162 @@ def adamw_reference(
     weight_decay: float,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    copy: Tensor | None = None,
 ) -> None:
-    """The definition, in place; arguments as ``adamw``."""
+    """The definition, in place; arguments as ``AdamWTable.step``."""
     if found_inf is not None and bool(found_inf):
         return
-    grad = grad.to(weight.dtype) if grad_scale is None else grad.to(weight.dtype) / grad_scale
-    count = float(step) + 1
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    size = (exp_avg_sq / (1 - betas[1] ** count)).sqrt() + eps
-    weight.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, size, value=-lr / (1 - betas[0] ** count))
-    if copy is not None:
-        copy.copy_(weight)
+    for one, grad in zip(weights, grads, strict=True):
+        if grad is None:
+            continue
+        weight = one.weight
+        grad = grad.to(weight.dtype) if grad_scale is None else grad.to(weight.dtype) / grad_scale
+        count = float(one.step) + 1
+        one.exp_avg.lerp_(grad, 1 - betas[0])
+        one.exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+        size = (one.exp_avg_sq / (1 - betas[1] ** count)).sqrt() + eps
+        weight.mul_(1 - lr * weight_decay).addcdiv_(one.exp_avg, size, value=-lr / (1 - betas[0] ** count))
+        if one.copy is not None:
+            one.copy.copy_(weight)
 
 
-def adamw(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    copy: Tensor | None = None,
-) -> None:
-    """Step ``weight`` and its moments in place by Triton; autograd's version counters do not move.
+class AdamWTable:
+    """The tensors that are stepped together. They must stay where they are; ``weights`` all have a copy of one dtype, or none."""
 
-    Args:
-        weight, exp_avg, exp_avg_sq: float32, contiguous, of one shape.
-        grad: of that shape, any floating-point dtype; unchanged.
-        step: float32 scalar, the number of steps before this one; unchanged.
-        lr, betas, eps, weight_decay: of AdamW; the decay is multiplied by the learning rate.
-        grad_scale: float32 device scalar that the gradient is divided by.
-        found_inf: float32 device scalar; where it is 1, nothing changes.
-        copy: of the same shape, takes the new weight in its own dtype.
-    """
-    size = weight.numel()
-    _kernel[(triton.cdiv(size, _BLOCK),)](
-        weight,
-        grad.contiguous(),
-        exp_avg,
-        exp_avg_sq,
-        step,
-        weight if grad_scale is None else grad_scale,
-        weight if found_inf is None else found_inf,
-        weight if copy is None else copy,
-        lr,
-        lr * weight_decay,
-        size,
-        BETA1=betas[0],
-        BETA2=betas[1],
-        LOG1=math.log(betas[0]) if betas[0] else -math.inf,
-        LOG2=math.log(betas[1]) if betas[1] else -math.inf,
-        EPS=eps,
-        SCALED=grad_scale is not None,
-        CHECKED=found_inf is not None,
-        COPIED=copy is not None,
-        BLOCK=_BLOCK,
-        num_warps=8,
-    )
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.weights = list(weights)
+        device = self.weights[0].weight.device
+        columns = [(w.weight, w.exp_avg, w.exp_avg_sq, w.step, w.copy) for w in self.weights]
+        rows = [[0 if t is None else t.data_ptr() for t in row] + [row[0].numel()] for row in columns]
+        self._table = torch.tensor(rows, dtype=torch.int64).to(device)
+        # which tensor a program is at work on, and where in it
+        blocks = [-(-w.weight.numel() // _BLOCK) for w in self.weights]
+        which = np.repeat(np.arange(len(blocks), dtype=np.int32), blocks)
+        first = np.repeat(np.cumsum([0, *blocks[:-1]]), blocks)
+        places = np.stack((which, (np.arange(len(which)) - first).astype(np.int32)), axis=1)
+        self._places = torch.from_numpy(places).to(device)
+        self._aligned = not any(address % 16 for row in rows for address in (*row[:3], row[4]))
+        self.copy = self.weights[0].copy
+        self._where = [row[0] for row in rows]
+
+    def moved(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the weights, ``weights`` now, are no longer where the table says."""
+        return self._where != [weight.data_ptr() for weight in weights]
+
+    def step(
+        self,
+        grads: Sequence[Tensor | None],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Step in place by Triton; autograd's version counters do not move, and neither do the counts of steps.
+
+        Args:
+            grads: of the weights' shapes, all in one floating-point dtype; unchanged. None: that weight is left alone.
+            lr, betas, eps, weight_decay: of AdamW; the decay is multiplied by the learning rate.
+            grad_scale: float32 device scalar that gradients are divided by.
+            found_inf: float32 device scalar; where it is 1, nothing changes.
+        """
+        there = [None if grad is None else grad.contiguous() for grad in grads]
+        some = next(grad for grad in there if grad is not None)
+        where = [0 if grad is None else grad.data_ptr() for grad in there]
+        # from pinned memory, so that the host does not wait
+        table = torch.tensor(where, dtype=torch.int64, pin_memory=some.is_cuda).to(some.device, non_blocking=True)
+        _kernel[(len(self._places),)](
+            self._table,
+            table,
+            self._places,
+            some,
+            self.weights[0].weight,
+            self.weights[0].weight if self.copy is None else self.copy,
+            self.weights[0].weight if grad_scale is None else grad_scale,
+            self.weights[0].weight if found_inf is None else found_inf,
+            lr,
+            lr * weight_decay,
+            BETA1=betas[0],
+            BETA2=betas[1],
+            LOG1=math.log(betas[0]) if betas[0] else -math.inf,
+            LOG2=math.log(betas[1]) if betas[1] else -math.inf,
+            EPS=eps,
+            SCALED=grad_scale is not None,
+            CHECKED=found_inf is not None,
+            COPIED=self.copy is not None,
+            ALIGNED=self._aligned and not any(address % 16 for address in where),
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether a launch of its own pays for ``weight`` (a shard) here: float32 on CUDA, and not small."""
-    return triton is not None and weight.is_cuda and weight.dtype == torch.float32 and weight.numel() >= 1 << 18
+    """Whether the kernel steps ``weight`` (a shard): float32 on CUDA, contiguous."""
+    return HAS_TRITON and weight.is_cuda and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
-if triton is not None:
-
-    @triton.jit
-    def _kernel(  # type: ignore[no-untyped-def]
-        weight,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        step,
-        grad_scale,
-        found_inf,
-        copy,
-        lr,
-        decay,
-        size,
-        BETA1: tl.constexpr,
-        BETA2: tl.constexpr,
-        LOG1: tl.constexpr,
-        LOG2: tl.constexpr,
-        EPS: tl.constexpr,
-        SCALED: tl.constexpr,
-        CHECKED: tl.constexpr,
-        COPIED: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        if CHECKED and tl.load(found_inf) > 0:
-            return
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < size
-        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-        if SCALED:
-            g /= tl.load(grad_scale)
-        # 1 - beta^n loses its digits in float32 while n is small
-        count = tl.load(step).to(tl.float64) + 1
-        correction1 = (1 - tl.exp(count * LOG1)).to(tl.float32)
-        correction2 = (1 - tl.exp(count * LOG2)).to(tl.float32)
-        m = tl.load(exp_avg + at, mask=inside, other=0.0)
-        m += (1 - BETA1) * (g - m)
-        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
-        v = BETA2 * v + (1 - BETA2) * g * g
-        w = tl.load(weight + at, mask=inside, other=0.0)
-        w -= decay * w
-        w -= lr / correction1 * (m / (tl.sqrt(v) / tl.sqrt(correction2) + EPS))
-        tl.store(exp_avg + at, m, mask=inside)
-        tl.store(exp_avg_sq + at, v, mask=inside)
-        tl.store(weight + at, w, mask=inside)
-        if COPIED:
-            tl.store(copy + at, w.to(copy.dtype.element_ty), mask=inside)
+@jit
+def _kernel(  # type: ignore[no-untyped-def]
+    table,
+    grads,
+    places,
+    grad_like,
+    weight_like,
+    copy_like,
+    grad_scale,
+    found_inf,
+    lr,
+    decay,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    LOG1: tl.constexpr,
+    LOG2: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    COPIED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if CHECKED and tl.load(found_inf) > 0:
+        return
+    program = tl.program_id(0).to(tl.int64)
+    number = tl.load(places + 2 * program).to(tl.int64)
+    grad_address = tl.load(grads + number)
+    if grad_address == 0:
+        return
+    row = table + 6 * number
+    weight = tl.load(row).to(weight_like.dtype)
+    exp_avg = tl.load(row + 1).to(weight_like.dtype)
+    exp_avg_sq = tl.load(row + 2).to(weight_like.dtype)
+    step = tl.load(row + 3).to(weight_like.dtype)
+    size = tl.load(row + 5)
+    grad = grad_address.to(grad_like.dtype)
+    if ALIGNED:
+        weight, exp_avg = tl.multiple_of(weight, 16), tl.multiple_of(exp_avg, 16)
+        exp_avg_sq, grad = tl.multiple_of(exp_avg_sq, 16), tl.multiple_of(grad, 16)
+    at = tl.load(places + 2 * program + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        g /= tl.load(grad_scale)
+    # 1 - beta^n loses its digits in float32 while n is small
+    count = tl.load(step).to(tl.float64) + 1
+    correction1 = (1 - tl.exp(count * LOG1)).to(tl.float32)
+    correction2 = (1 - tl.exp(count * LOG2)).to(tl.float32)
+    m = tl.load(exp_avg + at, mask=inside, other=0.0)
+    m += (1 - BETA1) * (g - m)
+    v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+    v = BETA2 * v + (1 - BETA2) * g * g
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    w -= decay * w
+    w -= lr / correction1 * (m / (tl.sqrt(v) / tl.sqrt(correction2) + EPS))
+    tl.store(exp_avg + at, m, mask=inside)
+    tl.store(exp_avg_sq + at, v, mask=inside)
+    tl.store(weight + at, w, mask=inside)
+    if COPIED:
+        copy = tl.load(row + 4).to(copy_like.dtype)
+        if ALIGNED:
+            copy = tl.multiple_of(copy, 16)
+        tl.store(copy + at, w.to(copy_like.dtype.element_ty), mask=inside)

@@ -10,18 +10,21 @@ from torch import Tensor
 
 from l3m_like.distributed.gradients import local
 from l3m_like.distributed.low_precision import copy_of
-from l3m_like.kernels.adamw import adamw, takes
+from l3m_like.kernels.adamw import AdamWTable, Weight, takes
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW (Loshchilov and Hutter, arXiv:1711.05101) whose state is made at construction.
+    """torch's fused AdamW (Loshchilov and Hutter, arXiv:1711.05101) whose state is made at construction; on CUDA float32 weights
+    are stepped by a kernel of ours (``kernels/adamw.py``).
 
-    ``step(found_inf, grad_scale)``, both device scalars: with ``found_inf`` 1.0 weights, moments and counts stay as they are;
-    gradients are divided by ``grad_scale`` inside of the kernel (and left so). No host sync.
+    ``step(found_inf, grad_scale)``, both device scalars: with ``found_inf`` 1.0 weights, moments and step counts stay as they
+    are; gradients are divided by ``grad_scale`` inside of the kernels. What is left of the gradients is unspecified. No host sync.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: Sequence[float], eps: float) -> None:
         super().__init__(groups, betas=(betas[0], betas[1]), eps=eps, fused=True)
+        #: per group, of weights with copies of a dtype or none: the parameters and their table
+        self._tables: dict[int, list[tuple[list[Tensor], AdamWTable]]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 device = local(parameter).device
@@ -37,39 +40,52 @@ class AdamW(torch.optim.AdamW):
             grads = [local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_div_(grads, grad_scale)
             grad_scale = None
-        self._step_large(found_inf, grad_scale)
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
+            for parameters, table in self._tables_of(number):
+                self._step_table(group, parameters, table, found_inf, grad_scale)
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
                     parameter.grad = parameter.grad.to(parameter.dtype)
         self.found_inf, self.grad_scale = found_inf, grad_scale
         super().step()
 
+    def _tables_of(self, number: int) -> list[tuple[list[Tensor], AdamWTable]]:
+        """What our kernel takes of a group. Made at the first step: copies are made in the first forward pass."""
+        known = self._tables.get(number)
+        if known is None or any(table.moved([local(p) for p in some]) for some, table in known):
+            alike: dict[torch.dtype | None, list[Tensor]] = {}
+            for parameter in self.param_groups[number]["params"]:
+                if takes(local(parameter)) and local(parameter).numel():
+                    copy = copy_of(parameter)
+                    alike.setdefault(None if copy is None else copy.dtype, []).append(parameter)
+            self._tables[number] = [(some, AdamWTable([self._weight(p) for p in some])) for some in alike.values()]
+        return self._tables[number]
+
+    def _weight(self, parameter: Tensor) -> Weight:
+        state = self.state[parameter]
+        moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        return Weight(local(parameter.detach()), *moments, state["step"], copy_of(parameter))
+
     @torch.no_grad()
-    def _step_large(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+    def _step_table(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        table: AdamWTable,
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> None:
         """Step what our kernel takes, and drop its gradients, so that torch passes it over."""
-        counts = []
-        for group in self.param_groups:
-            settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-            for parameter in group["params"]:
-                if parameter.grad is None or not takes(local(parameter)):
-                    continue
-                state = self.state[parameter]
-                adamw(
-                    local(parameter),
-                    local(parameter.grad),
-                    local(state["exp_avg"]),
-                    local(state["exp_avg_sq"]),
-                    state["step"],
-                    found_inf=found_inf,
-                    grad_scale=grad_scale,
-                    copy=copy_of(parameter),
-                    **settings,
-                )
-                counts.append(state["step"])
-                parameter.grad = None
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        grads = [None if p.grad is None else local(p.grad) for p in parameters]
+        for dtype in {grad.dtype for grad in grads if grad is not None}:
+            some = [grad if grad is not None and grad.dtype == dtype else None for grad in grads]
+            table.step(some, found_inf=found_inf, grad_scale=grad_scale, **settings)
+        counts = [self.state[p]["step"] for p, grad in zip(parameters, grads, strict=True) if grad is not None]
         if counts:
             torch._foreach_add_(counts, 1.0 if found_inf is None else 1.0 - found_inf)
+        for parameter in parameters:
+            parameter.grad = None
 
     def set_lr_scale(self, scale: float) -> None:
         for group in self.param_groups:
