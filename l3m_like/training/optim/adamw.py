@@ -18,7 +18,7 @@ class AdamW(torch.optim.AdamW):
     are stepped by a kernel of ours (``kernels/adamw.py``).
 
     ``step(found_inf, grad_scale)``, both device scalars: with ``found_inf`` 1.0 weights, moments and step counts stay as they
-    are; gradients are divided by ``grad_scale`` inside of the kernels. What is left of the gradients is unspecified. No host sync.
+    are; gradients are divided by ``grad_scale`` inside of the kernels. What is left of the gradients is unspecified. No sync.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: Sequence[float], eps: float) -> None:
