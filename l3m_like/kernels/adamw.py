@@ -18,7 +18,7 @@ from torch import Tensor
 
 from l3m_like.kernels.launch import HAS_TRITON, jit, tl
 
-_BLOCK = 2048
+_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ def adamw_reference(
 
 
 class AdamWTable:
-    """The tensors that are stepped together. They must stay where they are; ``weights`` all have a copy of one dtype, or none."""
+    """The tensors that are stepped together. They must stay where they are; ``weights`` all have a copy of one dtype, or none.
+
+    Loads are wide where all sizes and addresses are multiples of 16.
+    """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.weights = list(weights)
@@ -76,7 +79,7 @@ class AdamWTable:
         first = np.repeat(np.cumsum([0, *blocks[:-1]]), blocks)
         places = np.stack((which, (np.arange(len(which)) - first).astype(np.int32)), axis=1)
         self._places = torch.from_numpy(places).to(device)
-        self._aligned = not any(address % 16 for row in rows for address in (*row[:3], row[4]))
+        self._aligned = not any(number % 16 for row in rows for number in (*row[:3], *row[4:]))
         self.copy = self.weights[0].copy
         self._where = [row[0] for row in rows]
 
@@ -178,6 +181,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     if ALIGNED:
         weight, exp_avg = tl.multiple_of(weight, 16), tl.multiple_of(exp_avg, 16)
         exp_avg_sq, grad = tl.multiple_of(exp_avg_sq, 16), tl.multiple_of(grad, 16)
+        size = tl.multiple_of(size, 16)  # the mask, too, keeps loads narrow
     at = tl.load(places + 2 * program + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)

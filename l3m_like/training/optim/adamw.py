@@ -53,11 +53,12 @@ class AdamW(torch.optim.AdamW):
         """What our kernel takes of a group. Made at the first step: copies are made in the first forward pass."""
         known = self._tables.get(number)
         if known is None or any(table.moved([local(p) for p in some]) for some, table in known):
-            alike: dict[torch.dtype | None, list[Tensor]] = {}
+            alike: dict[tuple[torch.dtype | None, bool], list[Tensor]] = {}
             for parameter in self.param_groups[number]["params"]:
                 if takes(local(parameter)) and local(parameter).numel():
                     copy = copy_of(parameter)
-                    alike.setdefault(None if copy is None else copy.dtype, []).append(parameter)
+                    kind = None if copy is None else copy.dtype, local(parameter).numel() % 16 == 0
+                    alike.setdefault(kind, []).append(parameter)
             self._tables[number] = [(some, AdamWTable([self._weight(p) for p in some])) for some in alike.values()]
         return self._tables[number]
 
