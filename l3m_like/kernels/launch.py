@@ -47,15 +47,16 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def use_triton(op: str, backend: str, x: Tensor, *others: Tensor | None, width: int = 1) -> bool:
     """Whether a call of ``op`` on ``x`` and ``others`` is its Triton kernel (a constant under torch.compile).
 
-    float64 and tensors without data have the reference under every name; ``width``: of the rows that must fit in registers.
+    float64 has the reference under every name. Tensors without data have the kernel in half precision alone, which is what an
+    accelerator computes in, so that the memory that it needs is followed; ``width``: of the rows that must fit in registers.
 
     Raises:
         UserError: ``backend`` is "triton" and it cannot run, or is no backend.
     """
-    if x.is_meta or any(t is not None and t.dtype == torch.float64 for t in (x, *others)):
+    if (x.is_meta and x.dtype.itemsize > 2) or any(t is not None and t.dtype == torch.float64 for t in (x, *others)):
         return False
-    able = HAS_TRITON and (x.is_cuda or (INTERPRETED and backend == "triton")) and x.dtype in _DTYPES and width <= WIDEST
-    return resolve(op, backend, able=able)
+    there = x.is_cuda or x.is_meta or (INTERPRETED and backend == "triton")
+    return resolve(op, backend, able=HAS_TRITON and there and x.dtype in _DTYPES and width <= WIDEST)
 
 
 def power_of_2(size: int) -> int:

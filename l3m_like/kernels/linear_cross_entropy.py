@@ -81,7 +81,7 @@ def linear_cross_entropy(
         return both if normalizer else both[0]
     tokens = targets.numel()
     if chunk_tokens is None:
-        budget = _CHUNK_ELEMENTS["cuda" if hidden.is_cuda else "cpu"]
+        budget = _CHUNK_ELEMENTS["cpu" if hidden.device.type == "cpu" else "cuda"]
         chunks = math.ceil(tokens / max(256, budget // weight.shape[0]))
         chunk_tokens = 256 * math.ceil(tokens / max(chunks, 1) / 256)  # equal ones, whole tiles of the matrix product
     at_once = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -101,7 +101,8 @@ def check_backend(backend: str) -> str:
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """What ``backend`` stands for on this device."""
     if check_backend(backend) == "auto":
-        return "triton" if device.type == "cuda" and triton is not None and dtype != torch.float64 else "torch"
+        # on the meta device, the memory that is needed is the kernels'
+        return "triton" if device.type != "cpu" and triton is not None and dtype != torch.float64 else "torch"
     return backend
 
 
@@ -194,7 +195,9 @@ class _Chunks:
             grad_hidden[at] = slope @ self.weight
         if grad_weight is None:
             return
-        if slope.is_cuda and slope.dtype != grad_weight.dtype:  # the product's own fp32 sum is added, without rounding
+        if slope.is_meta:
+            pass
+        elif slope.is_cuda and slope.dtype != grad_weight.dtype:  # the product's own fp32 sum is added, without rounding
             torch.addmm(grad_weight, slope.T, hidden[at], out_dtype=grad_weight.dtype, out=grad_weight)
         else:
             grad_weight += slope.T @ hidden[at]
@@ -317,6 +320,8 @@ def _statistics_triton(logits: Tensor, targets: Tensor, first: int, softcap: flo
     rows, size = logits.shape
     largest, total, chosen = torch.empty(3, rows, dtype=torch.float32, device=logits.device).unbind()
     capped = (softcap or 1.0, softcap is not None)
+    if logits.is_meta:
+        return largest, total, chosen
     _statistics_kernel[(rows,)](
         logits, logits.stride(0), targets, largest, total, chosen, size, first, *capped, BLOCK=_block(size), num_warps=8
     )
@@ -328,6 +333,8 @@ def _slope_triton(
 ) -> Tensor:
     rows, size = logits.shape
     capped = (softcap or 1.0, softcap is not None)
+    if logits.is_meta:
+        return logits
     _slope_kernel[(rows,)](
         logits, logits.stride(0), targets, normalizer, one, every, size, first, *capped, BLOCK=_block(size), num_warps=8
     )

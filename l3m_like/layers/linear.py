@@ -28,4 +28,5 @@ def joint_linear(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
         return [layer(x) for layer in layers]
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return list(F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1))
+    # of the weights, not `out_features`: a rank of tensor parallelism may hold a part
+    return list(F.linear(x, weight, bias).split([layer.weight.shape[0] for layer in layers], dim=-1))

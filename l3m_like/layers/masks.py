@@ -84,9 +84,10 @@ def choose_backend(
             return "cudnn" if cudnn_takes(head_dim, device) and not exact else "flash"
         return "flex"
     problem = None
+    meta = device.type == "meta"  # shapes alone: the device and the dtype are not yet those of the run
     if asked == "flex" and device.type == "cpu" and torch.is_grad_enabled():
         problem = "its backward pass needs CUDA"
-    elif asked in FUSED and not (half and device.type in ("cuda", "meta")):
+    elif asked in FUSED and not meta and not (half and device.type == "cuda"):
         problem = f"it takes fp16 and bf16 on CUDA, not {dtype} on {device.type}"
     elif asked in FUSED and not square:
         problem = "it takes no key/value cache"
@@ -96,14 +97,28 @@ def choose_backend(
         problem = "it masks documents by their borders (cu_seqlens), and no prefixes"
     if problem:
         raise UserError(f"attention backend {asked}: {problem}. Use 'auto', which picks one that is exact for the mask.")
-    return asked
+    return "sdpa" if meta and asked != "reference" else asked
 
 
-def lower(mask: AttentionMask, backend: str, batch: int, query_length: int, kv_length: int, device: torch.device) -> LoweredMask:
-    """Lower ``mask`` for ``backend`` (of ``choose_backend``; "sdpa" uses its own causal rule where that is enough)."""
+def lower(
+    mask: AttentionMask,
+    backend: str,
+    batch: int,
+    query_length: int,
+    kv_length: int,
+    device: torch.device,
+    *,
+    half: bool = False,
+) -> LoweredMask:
+    """Lower ``mask`` for ``backend`` (of ``choose_backend``; "sdpa" uses its own causal rule where that is enough).
+
+    ``half``: computing in half precision, which matters on the meta device alone.
+    """
     if backend == "flex":
         return LoweredMask(backend, blocks=_blocks(mask, batch, query_length, kv_length, device))
     causal = mask.kind == "causal"
+    if device.type == "meta" and backend == "sdpa" and half:
+        return LoweredMask(causal=causal and query_length == kv_length)  # no kernel for half precision holds a table of pairs
     if backend in BORDERS:
         borders = mask.cu_seqlens
         if borders is None or mask.document_ids is None:  # one document per row
@@ -224,7 +239,8 @@ class LayerMasks:
             mask = dataclasses.replace(self.mask, window=layer.mixer.window)
             lengths, device = (self.query_length, self.kv_length), self.tokens.device
             backend = choose_backend(asked, mask, *lengths, layer.mixer.head_dim, self.tokens.dtype, device)
-            self._made[key] = lower(mask, backend, self.tokens.shape[0], *lengths, device)
+            half = self.tokens.dtype.itemsize == 2
+            self._made[key] = lower(mask, backend, self.tokens.shape[0], *lengths, device, half=half)
         return self._made[key]
 
 

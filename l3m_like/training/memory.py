@@ -91,7 +91,7 @@ def static_bytes(model: nn.Module, *, ema: bool, muon: Collection[str] = ()) -> 
 
 @dataclass(frozen=True)
 class Sharding:
-    """What FSDP2 does to one model, in bytes on this rank; all zero where it does nothing.
+    """What FSDP2, or ``LowPrecision``, does to one model, in bytes on this rank; all zero where it does nothing.
 
     The root's parameters (those in no unit) stay gathered from forward to backward, and their gradients whole until the end of
     the backward pass. A unit's gradients leave for their shards as soon as the unit is done, unless micro-batches are being
@@ -114,9 +114,18 @@ class Sharding:
 def sharding(
     model: nn.Module, roots: Iterable[nn.Module], *, precision: str, reshard_after_forward: bool, accumulation: int
 ) -> Sharding:
-    """Read it off a model that ``parallelize`` has sharded; ``roots`` are its parts."""
+    """Read it off a model that ``parallelize`` has sharded; ``roots`` are its parts.
+
+    In one process there is nothing to shard: bf16 is computed with copies of the weights, which stay, and gradients are in bf16
+    until others are added to them.
+    """
     compute = DTYPES[precision].itemsize
     reduce = torch.promote_types(DTYPES[precision], torch.float32).itemsize
+    if precision == "bf16" and not any(isinstance(module, FSDPModule) for module in model.modules()):
+        sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        summed = {name: (reduce * size, reduce * size) for name, size in sizes.items()}
+        copies = compute * sum(p.numel() for p in model.parameters())
+        return Sharding(gathered=copies, leaving=summed if accumulation > 1 else {})
     root_ids = {id(root) for root in roots}
     names = {id(p): name for name, p in model.named_parameters()}
     root_size = root_local = largest = 0
@@ -259,7 +268,7 @@ def _land(live: LiveBytes, size: tuple[int, int], parameter: Tensor) -> None:
 
 def _stay(live: LiveBytes, parameter: Tensor) -> None:
     """A gradient stays as it is: from now on it counts as one, not as an activation."""
-    live.gradients += parameter.grad.untyped_storage().nbytes() if parameter.grad is not None else 0
+    live.gradients += parameter.grad.nbytes if parameter.grad is not None else 0  # may be a part of a larger storage
 
 
 def _forward_backward(update: Update, data: dict[str, Tensor], live: LiveBytes, mesh: Any) -> tuple[int, dict[str, Tensor]]:

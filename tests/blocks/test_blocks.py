@@ -171,17 +171,22 @@ def test_named_layers_and_pattern() -> None:
 def test_backends_can_be_mixed_and_agree() -> None:
     trunk, ids = trunk_of(), torch.tensor([[0, 0, 1, 1, 1, -1]] * 2)
     mixed = trunk_of(layer={"a": layer_of("reference"), "b": layer_of("sdpa")}, pattern=["a", "b", "a"])
-    assert mixed.backends == ["reference", "sdpa", "reference"]
+    assert [layer.mixer.backend for layer in mixed.layers] == ["reference", "sdpa", "reference"]
     torch.testing.assert_close(mixed.compute(tokens_of(), None, ids), trunk.compute(tokens_of(), None, ids))
 
 
-def test_mask_is_lowered_once_per_forward(monkeypatch) -> None:
-    from l3m_like.blocks.trunks import transformer
+def test_mask_is_lowered_once_for_layers_that_want_it_alike(monkeypatch) -> None:
+    from l3m_like.layers import masks
 
-    calls, true = [], transformer.lower
-    monkeypatch.setattr(transformer, "lower", lambda *args: calls.append(args) or true(*args))
+    calls, true = [], masks.lower
+    monkeypatch.setattr(masks, "lower", lambda *args, **kind: calls.append(args) or true(*args, **kind))
     trunk_of().compute(tokens_of())
     assert len(calls) == 1
+    near = partial(layer_of(), mixer=partial(layer_of().keywords["mixer"], window=2))
+    mixed = trunk_of(layer={"near": near, "far": layer_of()}, pattern=["near", "far", "near"])
+    out = mixed.compute(tokens_of())
+    assert len(calls) == 3 and [call[0].window for call in calls[1:]] == [2, None]
+    assert not torch.allclose(out, trunk_of().compute(tokens_of()))
 
 
 def test_a_mixer_without_attention_gets_the_mask_description() -> None:
@@ -224,7 +229,7 @@ def test_generation_with_a_cache_equals_one_forward(backend: str) -> None:
     cache = trunk.make_cache(2, 9, "cpu", torch.float64)
     steps = [trunk.compute(part, cache=cache) for part in x.split([4, 1, 1, 2, 1], dim=1)]
     torch.testing.assert_close(torch.cat(steps, 1), whole)
-    assert cache.length == 9 and cache.layers[0].k.shape == (2, HKV, 9, K)
+    assert cache.length == 9 and cache.layers[0].k.shape == (2, 9, HKV, K)
     with pytest.raises(UserError, match="raise max_len"):
         trunk.compute(x[:, :1], cache=cache)
     with pytest.raises(UserError, match="made for 2 rows"):
@@ -301,7 +306,8 @@ def test_flops_of_the_other_blocks() -> None:
     embed = TokenEmbed(V, D)
     assert embed.flops(ids) == counted(embed.compute, ids) == 0
     head = LanguageModelHead(V, D, writes=["nll"])
-    assert head.flops(x) == counted(lambda: head.compute(x, torch.zeros(2, 4, dtype=torch.int64), outputs=("nll",)))
+    with torch.no_grad():  # where gradients are wanted, they are computed at once
+        assert head.flops(x) == counted(lambda: head.compute(x, torch.zeros(2, 4, dtype=torch.int64), outputs=("nll",)))
     patches, condition = PatchEmbed(8, 4, 1, D), TimeLabelEmbed(10, D)
     image, time, label, vector = torch.rand(2, 1, 8, 8), torch.rand(2), torch.zeros(2, dtype=torch.int64), torch.rand(2, D)
     assert patches.flops(image) == counted(patches.compute, image)
