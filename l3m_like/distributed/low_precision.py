@@ -65,6 +65,14 @@ def copy_of(master: Tensor) -> Tensor | None:
     return getattr(master, "low_precision_copy", None)
 
 
+def write_copies(masters: Iterable[Tensor]) -> None:
+    """Bring the copies of ``masters`` up to date, after a change that did not move their version counters."""
+    pairs = [(copy, master) for master in masters if (copy := copy_of(master)) is not None]
+    if pairs:
+        with torch.no_grad():
+            torch._foreach_copy_([copy for copy, _ in pairs], [master for _, master in pairs])
+
+
 def _hand_over_to(master: nn.Parameter) -> Callable[[Tensor], None]:
     def hand_over(copy: Tensor) -> None:
         assert copy.grad is not None

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from l3m_like.config import RunConfig
 from tests.distributed import pool
 from tests.distributed.recorder import experiment
+from tests.generate.tiny import CONFIGS, OVERRIDES
 
 
 def trained(name: str, fsdp: bool) -> tuple[list[Tensor], dict[str, Tensor], set[torch.dtype]]:
@@ -102,3 +104,37 @@ def test_recomputes(checkpoint: str) -> None:
     ids = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(0))
     part({"text_ids": ids, "text_targets": ids})["text_nll"].sum().backward()
     assert all(p.grad is not None and p.dtype == torch.float32 for p in part.parameters())
+
+
+def stepped(optimizer: str) -> list[bool]:
+    """Of each weight, whether a step has changed it, and its copy is what a forward pass would make of it."""
+    from l3m_like.distributed.low_precision import copy_of
+    from l3m_like.distributed.mesh import build_mesh
+    from l3m_like.distributed.parallelize import parallelize
+    from l3m_like.training.init import initialize, materialize
+    from l3m_like.training.optim import Guard
+    from l3m_like.training.train import plan
+    from l3m_like.training.updates import assign_parameters
+
+    cfg, mesh = RunConfig.from_file(CONFIGS / "llm.yaml", [*OVERRIDES["llm"], f"optim.name={optimizer}"]), build_mesh({})
+    run = plan(cfg, 1)
+    (part,), (update,) = run.parts.values(), run.updates
+    parallelize(part, mesh, precision="bf16")
+    materialize(part, mesh.device)
+    initialize(part, 0)
+    assign_parameters(run.updates, dict(part.named_parameters()))
+    update.prepare(mesh, Guard(mesh.device, spike=None, window=2))
+    before = [p.detach().clone() for p in part.parameters()]
+    ids = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        part({"text_ids": ids, "text_targets": ids})["text_nll"].sum().backward()
+        update.step(mesh, 1.0)
+    part({"text_ids": ids, "text_targets": ids})
+    pairs = zip(before, part.parameters(), strict=True)
+    return [not torch.equal(old, new) and torch.equal(copy_of(new), new.to(torch.bfloat16)) for old, new in pairs]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_next_forward_sees_what_an_optimizer_has_done(optimizer: str) -> None:
+    (changed,) = pool.run(1, stepped, optimizer)
+    assert all(changed) and len(changed) > 10

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from l3m_like.distributed.gradients import local
-from l3m_like.distributed.low_precision import copy_of
+from l3m_like.distributed.low_precision import copy_of, write_copies
 from l3m_like.kernels.adamw import AdamWTable, Weight, takes
 
 
@@ -47,7 +47,9 @@ class AdamW(torch.optim.AdamW):
                 if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
                     parameter.grad = parameter.grad.to(parameter.dtype)
         self.found_inf, self.grad_scale = found_inf, grad_scale
+        left = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         super().step()
+        write_copies(left)  # torch's fused kernel does not move version counters
 
     def _tables_of(self, number: int) -> list[tuple[list[Tensor], AdamWTable]]:
         """What our kernel takes of a group. Made at the first step: copies are made in the first forward pass."""
