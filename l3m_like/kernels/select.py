@@ -15,12 +15,13 @@ from l3m_like.core.errors import UserError, did_you_mean
 #: versions of the operations that have a Triton kernel
 BACKENDS = ("auto", "torch", "triton")
 
-#: ``{op: whether "auto" takes Triton on an NVIDIA GPU}``: forward and backward together against the compiled reference
+#: ``{op: whether "auto" takes Triton on an NVIDIA GPU}``: forward and backward together, measured on an H200 against the compiled
+#: reference; where the two are even, ours also serves units that are not compiled
 AUTO = {
-    "rms_norm": True,  # measured: not yet
-    "modulated_norm": True,  # measured: not yet
-    "rope": True,  # measured: not yet
-    "swiglu": True,  # measured: not yet
+    "rms_norm": True,  # 0.96 to 1.02 of its time (1.13 for rows of 1024)
+    "modulated_norm": True,  # 0.69 to 0.88
+    "rope": True,  # 0.75, with QK-norm
+    "swiglu": True,  # 1.00
 }
 
 _choices: ContextVar[Mapping[str, str]] = ContextVar("kernels")
@@ -64,6 +65,10 @@ def in_use(choices: Mapping[str, str], device: str, precision: str) -> str:
     """
     able = device == "cuda" and precision != "fp64" and _has_triton()
     names = {op: ("triton" if resolve(op, name, able=able) else "torch") if op in AUTO else name for op, name in choices.items()}
+    if names.get("linear_cross_entropy") == "auto":
+        names["linear_cross_entropy"] = "triton" if able else "torch"
+    if names.get("attention") == "auto":
+        del names["attention"]  # it depends on the mask, and is told once it has run
     return "kernels: " + " ".join(f"{op}={name}" for op, name in names.items())
 
 

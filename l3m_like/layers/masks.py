@@ -223,10 +223,16 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LayerMasks:
-    """One mask, lowered once for each way in which the layers of a trunk want it: by their backend, window and head width."""
+    """One mask, lowered once for each way in which the layers of a trunk want it: by their backend, window and head width.
 
-    def __init__(self, mask: AttentionMask, query_length: int, kv_length: int, tokens: Tensor) -> None:
+    ``told``: takes what each kind of mask was lowered to, ``{"causal, documents": "flex"}``, for the run to print.
+    """
+
+    def __init__(
+        self, mask: AttentionMask, query_length: int, kv_length: int, tokens: Tensor, told: dict[str, str] | None = None
+    ) -> None:
         self.mask, self.query_length, self.kv_length, self.tokens = mask, query_length, kv_length, tokens
+        self.told: dict[str, str] = {} if told is None or tokens.is_meta else told
         self._made: dict[Any, LoweredMask] = {}
 
     def of(self, layer: Any) -> Any:
@@ -239,9 +245,16 @@ class LayerMasks:
             mask = dataclasses.replace(self.mask, window=layer.mixer.window)
             lengths, device = (self.query_length, self.kv_length), self.tokens.device
             backend = choose_backend(asked, mask, *lengths, layer.mixer.head_dim, self.tokens.dtype, device)
+            self.told[_words(mask)] = backend
             half = self.tokens.dtype.itemsize == 2
             self._made[key] = lower(mask, backend, self.tokens.shape[0], *lengths, device, half=half)
         return self._made[key]
+
+
+def _words(mask: AttentionMask) -> str:
+    """ "causal, documents, window 128"."""
+    parts = [mask.kind, "documents" if mask.document_ids is not None else "", f"window {mask.window}" if mask.window else ""]
+    return ", ".join(part for part in parts if part)
 
 
 def attended_pairs(mask: AttentionMask, batch: int, query_length: int, kv_length: int) -> int:

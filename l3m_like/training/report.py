@@ -7,7 +7,7 @@ import html
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Reporter:
         self.peak_flops = peak_flops
         self.metrics = MetricsLog(self.run_dir, is_main=is_main, resume_step=resume_step)
         self.console = Console(total, start=resume_step) if is_main and settings.console else None
+        self._attention: set[str] = set()
         self.trackers = (
             open_trackers(settings, self.run_dir, resume_step=resume_step, run_id=run_id, stamp=self.stamp) if is_main else []
         )
@@ -84,6 +85,13 @@ class Reporter:
         """A line on the console that stays."""
         if self.console is not None:
             self.console.print(text)
+
+    def attention(self, blocks: Iterable[Any]) -> None:
+        """Print by which backend each kind of mask is computed, where that is news."""
+        used = {f"{kind} = {name}" for block in blocks for kind, name in getattr(block, "attention_used", {}).items()}
+        if not used <= self._attention:
+            self._attention |= used
+            self.say("attention: " + "; ".join(sorted(used)))
 
     def left_out(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Note samples that were left out after the last step."""

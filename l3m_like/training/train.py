@@ -253,6 +253,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         if saving or step % cfg.log.every == 0 or evaluations.due(step):
             rows = flush(pending, updates, mesh, began, unit=run.dataset.unit, refs=cfg.log.refs, ledger=cfg.data.keeps_ledger)
             rows[-1] |= graphs.news()
+            reporter.attention(block for part in parts.values() for _, block in part.blocks())
             reporter.steps(rows)
             bad_steps = watch_bad_steps(rows, bad_steps, cfg.guard.max_bad_steps)
             bad_samples = watch_bad_samples(rows, bad_samples, cfg.data.max_bad_samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from l3m_like.core.errors import UserError
 from l3m_like.kernels import attention as kernel
 from l3m_like.kernels.attention import LoweredMask, attention, check_backend
-from l3m_like.layers import AttentionMask, choose_backend, lower
+from l3m_like.layers import AttentionMask, LayerMasks, choose_backend, lower
 
 CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [2, 2, 3, 3, 3, 3, 3]], dtype=torch.int32)
@@ -129,6 +129,14 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choice(MASKS["causal"]) == "flash"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_what_ran_is_told() -> None:
+    tokens, told = torch.zeros(2, 7, 4), {}
+    layers = [SimpleNamespace(mixer=SimpleNamespace(backend="auto", window=window, head_dim=8)) for window in (None, 3)]
+    masks = LayerMasks(MASKS["documents"], 7, 7, tokens, told)
+    assert [masks.of(layer).backend for layer in layers] == ["sdpa", "sdpa"]
+    assert told == {"causal, documents": "sdpa", "causal, documents, window 3": "sdpa"}
 
 
 @pytest.mark.parametrize(

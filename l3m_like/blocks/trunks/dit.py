@@ -32,9 +32,11 @@ class DiT(ReadWriteBlock):
         if num_layers < 1:
             raise UserError(f"DiT: num_layers must be at least 1, got {num_layers}.")
         self.layers = nn.ModuleList(layer(dim) for _ in range(num_layers))
+        #: as ``Transformer.attention_used``
+        self.attention_used: dict[str, str] = {}
 
     def compute(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        masks = LayerMasks(AttentionMask(), tokens.shape[1], tokens.shape[1], tokens)
+        masks = LayerMasks(AttentionMask(), tokens.shape[1], tokens.shape[1], tokens, self.attention_used)
         for layer in self.layers:
             tokens = layer(tokens, condition, masks.of(layer))
         return tokens

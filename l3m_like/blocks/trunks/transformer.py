@@ -54,6 +54,8 @@ class Transformer(ReadWriteBlock):
         self.dim = dim
         self.rope = rope
         self.mask = mask
+        #: what attention ran, by the kind of its mask; a run prints it once
+        self.attention_used: dict[str, str] = {}
         self.layers = nn.ModuleList(make(dim) for make in _layer_makers(layer, num_layers, pattern))
         units: list[Any] = list(self.layers)
         mixers = [unit.mixer for unit in units]
@@ -82,7 +84,7 @@ class Transformer(ReadWriteBlock):
             positions = torch.arange(start, start + length, device=tokens.device)
         rope = self.rope(positions, tokens.dtype) if self.rope is not None else None
         mask = AttentionMask(self.mask, document_ids, kv_ids, prefix_lengths, start, cu_seqlens)
-        masks = LayerMasks(mask, length, start + length, tokens)
+        masks = LayerMasks(mask, length, start + length, tokens, self.attention_used if cache is None else None)
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
             tokens = layer(tokens, rope, masks.of(layer), layer_cache)
