@@ -107,11 +107,10 @@ class Loader:
             check_state(state, lanes, self._stream)
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="data-worker") if workers else None
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="data-prefetch") if prefetch else None
-        self._switch_interval = sys.getswitchinterval()
         if workers or prefetch:
             # every operation of torch gives up the interpreter and asks for it back; a thread that reads data would keep it for
-            # 5 ms each time, and the accelerator would run dry
-            sys.setswitchinterval(min(self._switch_interval, _SWITCH_SECONDS))
+            # 5 ms each time, and the accelerator would run dry. It stays so: other loaders may read on when this one is closed
+            sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         self._prefetch = prefetch
         per_rank = lanes // dp_size
         self._lanes = [
@@ -171,7 +170,6 @@ class Loader:
         for pool in (self._maker, self._workers):
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
-        sys.setswitchinterval(self._switch_interval)
 
     def _make(self, number: int) -> Step | None:
         """Step ``number``; called once for each, in order, by one thread. None: some lane has no more rows."""

@@ -174,6 +174,8 @@ class TokenPack:
         if max_documents is not None and max_documents < 1:
             raise UserError(f"max_documents is {max_documents}; it is at least 1.")
         self.length = self.units_per_row = length
+        if not separate:
+            max_documents = length  # there are no borders to make room for
         self.max_documents = min(length, max(8, length // 32)) if max_documents is None else max_documents
         self.stream = stream
         self.separate = separate

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.distributed.low_precision import copy_of
 
 Forward = Callable[..., Any]
 
@@ -203,6 +204,8 @@ class Offload:
             if away:
                 # FSDP frees parameters and gathers them again
                 made.stay |= {storage_id(t) for t in (*unit.parameters(), *unit.buffers())}
+                copies = (copy_of(parameter) for parameter in unit.parameters())
+                made.stay |= {storage_id(copy) for copy in copies if copy is not None}
             with saved_tensors_hooks(made.pack, made.unpack):
                 out = forward(*args, **kwargs)
             made.finish()

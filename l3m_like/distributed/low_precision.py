@@ -48,16 +48,21 @@ class LowPrecision:
                 if master is None or not master.is_floating_point():
                     continue
                 if id(master) not in copies:  # a tied parameter has one copy
-                    copy = nn.Parameter(torch.empty_like(master, dtype=self.dtype), requires_grad=master.requires_grad)
-                    if copy.requires_grad:
-                        copy.register_post_accumulate_grad_hook(_hand_over_to(master))
-                    copies[id(master)] = copy
+                    copies[id(master)] = self._copy(master)
                     self.masters.append(master)
                     self.versions.append(-1)
-                    master.low_precision_copy = copy  # type: ignore[attr-defined]
-                    master.grad_dtype = None  # any: that of the copy
                 module.__dict__[name] = copies[id(master)]
         self.copies = list(copies.values())
+
+    def _copy(self, master: Any) -> nn.Parameter:
+        known = copy_of(master)  # of another part that shares the parameter
+        if isinstance(known, nn.Parameter) and known.dtype == self.dtype:
+            return known
+        copy = nn.Parameter(torch.empty_like(master, dtype=self.dtype))
+        copy.register_post_accumulate_grad_hook(_hand_over_to(master))  # also of one that is trained only later
+        master.low_precision_copy = copy
+        master.grad_dtype = None  # any: that of the copy
+        return copy
 
 
 def copy_of(master: Tensor) -> Tensor | None:

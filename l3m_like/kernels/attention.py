@@ -168,6 +168,10 @@ def _flex_attention(compiled: bool) -> Any:
     if not compiled or torch.compiler.is_compiling():
         return flex_attention
     if "flex" not in _COMPILED:
+        from torch import _dynamo
+
+        # beyond the limit it would be uncompiled, without a word
+        _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, 64)
         _COMPILED["flex"] = torch.compile(flex_attention, dynamic=False)
     return _COMPILED["flex"]
 

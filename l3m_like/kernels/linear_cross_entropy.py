@@ -84,7 +84,8 @@ def linear_cross_entropy(
         budget = _CHUNK_ELEMENTS["cpu" if hidden.device.type == "cpu" else "cuda"]
         chunks = math.ceil(tokens / max(256, budget // weight.shape[0]))
         chunk_tokens = 256 * math.ceil(tokens / max(chunks, 1) / 256)  # equal ones, whole tiles of the matrix product
-    at_once = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    # the gradient of a normalizer is never one number
+    at_once = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad) and not normalizer
     nll, norm = _LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), softcap, group, chunk_tokens, backend, at_once
     )
@@ -205,7 +206,9 @@ class _Chunks:
     def hidden_gradient(self, grad: Tensor | None, factor: Tensor | None = None) -> Tensor | None:
         if grad is None:
             return None
-        grad = grad if factor is None else grad * factor.to(grad.dtype)
+        if factor is not None:
+            # by the exact factor, rounded once: rounded before, it would scale all gradients below by a little too much or less
+            grad = torch.mul(grad, factor.view(1), out=torch.empty_like(grad))
         if self.group is not None:
             dist.all_reduce(grad, group=self.group)  # each rank has the part of its logits
         return grad

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +28,30 @@ def joint_linear(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
     )
     if not ordinary or x.numel() < _ROWS * x.shape[-1]:
         return [layer(x) for layer in layers]
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    weights = [layer.weight for layer in layers]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
     # of the weights, not `out_features`: a rank of tensor parallelism may hold a part
-    return list(F.linear(x, weight, bias).split([layer.weight.shape[0] for layer in layers], dim=-1))
+    return list(_Joint.apply(x, len(weights), *weights, *biases).split([weight.shape[0] for weight in weights], dim=-1))
+
+
+class _Joint(torch.autograd.Function):
+    """The product with the joined weights, which are joined again in the backward pass: kept, they would hold memory that FSDP
+    frees after the forward of a unit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, number: int, *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[:number], parameters[number:]
+        ctx.save_for_backward(x, *weights)
+        ctx.biased = bool(biases)
+        return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        sizes = [weight.shape[0] for weight in weights]
+        rows = grad.flatten(0, -2)
+        grad_x = grad @ torch.cat(weights) if ctx.needs_input_grad[0] else None
+        trained = any(ctx.needs_input_grad[2:])
+        grad_weights = (rows.mT @ x.flatten(0, -2)).split(sizes) if trained else [None] * len(sizes)
+        grad_biases = rows.sum(0).split(sizes) if ctx.biased and trained else [None] * (len(sizes) * ctx.biased)
+        return grad_x, None, *grad_weights, *grad_biases

@@ -81,8 +81,8 @@ def choose_backend(
             return "sdpa"
         if plain:
             exact = torch.are_deterministic_algorithms_enabled()  # cuDNN's backward pass is not
-            return "cudnn" if cudnn_takes(head_dim, device) and not exact else "flash"
-        return "flex"
+            return "cudnn" if cudnn_takes(head_dim, device) and not exact else "flash" if head_dim <= 256 else "sdpa"
+        return "flex" if 16 <= head_dim <= 256 else "sdpa"
     problem = None
     meta = device.type == "meta"  # shapes alone: the device and the dtype are not yet those of the run
     if asked == "flex" and device.type == "cpu" and torch.is_grad_enabled():

@@ -85,6 +85,15 @@ def test_copies_follow_their_masters() -> None:
     dict(model.named_parameters())["1.bias"].requires_grad_(True)
     model(x).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
+    # one that was frozen when the copies were made is trained like the others
+    late = torch.nn.Linear(4, 4).requires_grad_(False)
+    LowPrecision(late, torch.bfloat16)
+    late(x)
+    late.requires_grad_(True)
+    for name in ("weight", "bias"):
+        dict(late.named_parameters())[name].requires_grad_(True)
+    late(x).sum().backward()
+    assert all(p.grad is not None for p in late.parameters())
     assert grads["0.bias"] is None and grads["0.weight"] is None and grads["1.bias"].dtype == torch.bfloat16
 
 

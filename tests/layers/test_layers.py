@@ -30,6 +30,7 @@ from l3m_like.layers import (
     sincos_positions,
     unpatchify,
 )
+from l3m_like.layers.linear import joint_linear
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -224,3 +225,27 @@ def test_every_parameter_is_in_one_plan_and_one_init(layer: torch.nn.Module) -> 
             planned |= {f"{prefix}{name}.{n}" for n, _ in target.named_parameters()} if is_module else {prefix + name}
     names = {name for name, _ in layer.named_parameters()}
     assert sorted(drawn) == sorted(names) and planned == names
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_as_one_product(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, gradients and second gradients; and what is kept for the backward pass are the weights themselves."""
+    monkeypatch.setattr("l3m_like.layers.linear._ROWS", 1)
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(3, width, bias=bias).double() for width in (2, 4)]
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    parameters = [p for layer in layers for p in layer.parameters()]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        ours = joint_linear(x, *layers)
+    assert set(saved) == {x.data_ptr(), *(layer.weight.data_ptr() for layer in layers)}
+    theirs = [layer(x) for layer in layers]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(sum(o.square().sum() for o in outs), [x, *parameters]) for outs in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.autograd.gradgradcheck(lambda x: torch.cat(joint_linear(x, *layers), -1).sin(), x)
+    layers[0].weight.requires_grad_(False)
+    joint_linear(x, *layers)[0].sum().backward()
+    assert layers[0].weight.grad is None and layers[1].weight.grad is not None
