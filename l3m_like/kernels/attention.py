@@ -92,7 +92,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
 
     borders, longest = mask.cu_seqlens, mask.max_seqlen
     assert borders is not None
-    grouped: Any = {"enable_gqa": True} if _VARLEN_NAMES_GQA else {}
+    grouped: Any = {"enable_gqa": True} if _varlen_names_gqa() else {}
     q2, k2, v2 = (x.flatten(0, 1) for x in (q, k, v))
     out: Any = varlen_attn(q2, k2, v2, borders, borders, longest, longest, window_size=mask.window, **grouped)
     return out.view(q.shape)
@@ -179,13 +179,11 @@ def _flex_attention(compiled: bool) -> Any:
 _COMPILED: dict[str, Any] = {}
 
 
+@functools.cache
 def _varlen_names_gqa() -> bool:
-    """torch 2.11 groups heads without being told; later it must be told."""
+    """torch 2.11 groups heads without being told; later it must be told. (The import takes seconds.)"""
     import inspect
 
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-_VARLEN_NAMES_GQA = _varlen_names_gqa()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,34 @@ compiler_config.cache_key_tag += hashlib.sha1(
 
 #: kernels run in Python, on tensors of the CPU: the tests without a GPU
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+#: kernels can run in this process
+_RUNS = torch.cuda.is_available() or INTERPRETED
+
+
+def triton_op(name: str, *, mutates_args: tuple[str, ...]) -> Callable[[Callable[..., Any]], Any]:
+    """``torch.library.triton_op`` where kernels run. To define one imports torch's compiler, which takes seconds; elsewhere only
+    shapes are wanted, and the operation is a plain function of autograd."""
+    return torch.library.triton_op(name, mutates_args=mutates_args) if _RUNS else _ShapesOnly
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """``torch.library.wrap_triton`` where kernels run, else a launch that does nothing."""
+    return torch.library.wrap_triton(kernel) if _RUNS else defaultdict(lambda: lambda *args, **kwargs: None)
+
+
+class _ShapesOnly:
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._run = forward
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        parts = {"forward": self._run, "setup_context": setup_context, "backward": backward}
+        made: Any = type("ShapesOnly", (torch.autograd.Function,), {name: staticmethod(part) for name, part in parts.items()})
+        self._run = made.apply
+
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
 
 #: a norm holds whole rows in registers; wider ones are left to torch
 WIDEST = 16384

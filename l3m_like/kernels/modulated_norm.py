@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
-from l3m_like.kernels.launch import TUNED, jit, resident_programs, tile, tl, use_triton
+from l3m_like.kernels.launch import TUNED, jit, resident_programs, tile, tl, triton_op, use_triton, wrap_triton
 
 
 def modulated_norm_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -12,9 +12,8 @@ from typing import Any, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
-from l3m_like.kernels.launch import TUNED, jit, resident_programs, rows_of, tile, tl, use_triton
+from l3m_like.kernels.launch import TUNED, jit, resident_programs, rows_of, tile, tl, triton_op, use_triton, wrap_triton
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

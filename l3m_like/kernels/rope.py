@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
-from l3m_like.kernels.launch import jit, power_of_2, resident_programs, tl, use_triton, warps
+from l3m_like.kernels.launch import jit, power_of_2, resident_programs, tl, triton_op, use_triton, warps, wrap_triton
 from l3m_like.kernels.rms_norm import rms_norm_reference
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
-from l3m_like.kernels.launch import jit, power_of_2, rows_of, tl, use_triton, warps
+from l3m_like.kernels.launch import jit, power_of_2, rows_of, tl, triton_op, use_triton, warps, wrap_triton
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
