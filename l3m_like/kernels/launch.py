@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,15 +18,22 @@ from torch import Tensor
 
 from l3m_like.kernels.select import resolve
 
-try:
+#: kernels run in Python, on tensors of the CPU: the tests without a GPU
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+#: torch comes without it on macOS and Windows; the references remain
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+#: kernels can run in this process; elsewhere Triton is not imported, which takes seconds
+_RUNS = HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)
+
+if _RUNS:
     import triton
     import triton.language as tl
 
     jit = triton.jit
-    HAS_TRITON = True
-except ImportError:  # torch comes without it on macOS and Windows; the references remain
+else:
     triton = tl = None  # type: ignore[assignment]
-    HAS_TRITON = False
 
     def jit(function: Any) -> Any:
         return function
@@ -36,12 +44,6 @@ except ImportError:  # torch comes without it on macOS and Windows; the referenc
 compiler_config.cache_key_tag += hashlib.sha1(
     b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
 ).hexdigest()
-
-#: kernels run in Python, on tensors of the CPU: the tests without a GPU
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-#: kernels can run in this process
-_RUNS = torch.cuda.is_available() or INTERPRETED
 
 
 def triton_op(name: str, *, mutates_args: tuple[str, ...]) -> Callable[[Callable[..., Any]], Any]:

@@ -21,12 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from l3m_like.core.errors import UserError, did_you_mean
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a machine without an accelerator may do without
-    triton = None
+from l3m_like.kernels.launch import HAS_TRITON, jit, tl, triton
 
 #: target of a token without a loss
 IGNORE = -100
@@ -103,7 +98,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """What ``backend`` stands for on this device."""
     if check_backend(backend) == "auto":
         # on the meta device, the memory that is needed is the kernels'
-        return "triton" if device.type != "cpu" and triton is not None and dtype != torch.float64 else "torch"
+        return "triton" if device.type != "cpu" and HAS_TRITON and dtype != torch.float64 else "torch"
     return backend
 
 
@@ -265,58 +260,59 @@ def _slope(
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------------
 
-if triton is not None:
 
-    @triton.jit
-    def _tanh(x):  # type: ignore[no-untyped-def]
-        return 2 / (1 + tl.exp(-2 * x)) - 1
+@jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    return 2 / (1 + tl.exp(-2 * x)) - 1
 
-    @triton.jit
-    def _statistics_kernel(  # type: ignore[no-untyped-def]
-        logits, stride, targets, largest, total, chosen, size, first, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """One row per program, read once: running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867)."""
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * stride
-        columns = tl.arange(0, BLOCK)
-        high = tl.full((BLOCK,), float("-inf"), tl.float32)
-        sums = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, size, BLOCK):
-            x = tl.load(logits + start + columns, mask=start + columns < size, other=float("-inf")).to(tl.float32)
-            if CAPPED:
-                x = tl.where(start + columns < size, cap * _tanh(x / cap), float("-inf"))
-            higher = tl.maximum(high, x)
-            # a lane that has seen nothing but masked places has no maximum to subtract
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            sums = sums * tl.exp(high - shift) + tl.exp(x - shift)
-            high = higher
-        highest = tl.max(high, 0)
-        tl.store(largest + row, highest)
-        tl.store(total + row, tl.sum(sums * tl.exp(high - highest), 0))
-        place = tl.load(targets + row) - first
-        here = (place >= 0) & (place < size)
-        x = tl.load(logits + place, mask=here, other=0.0).to(tl.float32)
+
+@jit
+def _statistics_kernel(  # type: ignore[no-untyped-def]
+    logits, stride, targets, largest, total, chosen, size, first, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row per program, read once: running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867)."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    columns = tl.arange(0, BLOCK)
+    high = tl.full((BLOCK,), float("-inf"), tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        x = tl.load(logits + start + columns, mask=start + columns < size, other=float("-inf")).to(tl.float32)
+        if CAPPED:
+            x = tl.where(start + columns < size, cap * _tanh(x / cap), float("-inf"))
+        higher = tl.maximum(high, x)
+        # a lane that has seen nothing but masked places has no maximum to subtract
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        sums = sums * tl.exp(high - shift) + tl.exp(x - shift)
+        high = higher
+    highest = tl.max(high, 0)
+    tl.store(largest + row, highest)
+    tl.store(total + row, tl.sum(sums * tl.exp(high - highest), 0))
+    place = tl.load(targets + row) - first
+    here = (place >= 0) & (place < size)
+    x = tl.load(logits + place, mask=here, other=0.0).to(tl.float32)
+    if CAPPED:
+        x = cap * _tanh(x / cap)
+    tl.store(chosen + row, tl.where(here, x, 0.0))
+
+
+@jit
+def _slope_kernel(  # type: ignore[no-untyped-def]
+    logits, stride, targets, normalizer, one, every, size, first, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    place = tl.load(targets + row) - first
+    norm, on, all_of_them = tl.load(normalizer + row), tl.load(one + row), tl.load(every + row)
+    for start in range(0, size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, mask=columns < size, other=0.0).to(tl.float32)
         if CAPPED:
             x = cap * _tanh(x / cap)
-        tl.store(chosen + row, tl.where(here, x, 0.0))
-
-    @triton.jit
-    def _slope_kernel(  # type: ignore[no-untyped-def]
-        logits, stride, targets, normalizer, one, every, size, first, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * stride
-        place = tl.load(targets + row) - first
-        norm, on, all_of_them = tl.load(normalizer + row), tl.load(one + row), tl.load(every + row)
-        for start in range(0, size, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + columns, mask=columns < size, other=0.0).to(tl.float32)
-            if CAPPED:
-                x = cap * _tanh(x / cap)
-            slope = tl.exp(x - norm) * all_of_them - tl.where(columns == place, on, 0.0)
-            if CAPPED:
-                slope *= 1 - (x / cap) * (x / cap)
-            tl.store(logits + columns, slope.to(logits.dtype.element_ty), mask=columns < size)
+        slope = tl.exp(x - norm) * all_of_them - tl.where(columns == place, on, 0.0)
+        if CAPPED:
+            slope *= 1 - (x / cap) * (x / cap)
+        tl.store(logits + columns, slope.to(logits.dtype.element_ty), mask=columns < size)
 
 
 def _statistics_triton(logits: Tensor, targets: Tensor, first: int, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
