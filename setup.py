@@ -36,6 +36,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
+        "triton; sys_platform == 'linux'",
         "numpy",
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
@@ -47,7 +48,6 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "cuda": ["triton"],
         "vision": ["timm", "torchvision"],
         "data": ["webdataset", "datasets", "transformers", "av"],
         "track": ["wandb", "tensorboard"],

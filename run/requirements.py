@@ -23,7 +23,14 @@ def wanted(extra: str = "") -> list[str]:
     extras = ast.literal_eval(given["extras_require"])
     if extra and extra not in extras:
         raise SystemExit(f"setup.py has no extra '{extra}'; it has {', '.join(extras)}")
-    return ast.literal_eval(given["install_requires"]) + (extras[extra] if extra else [])
+    every = ast.literal_eval(given["install_requires"]) + (extras[extra] if extra else [])
+    return [line.partition(";")[0] for line in every if is_for_this_platform(line)]
+
+
+def is_for_this_platform(requirement: str) -> bool:
+    """``name; sys_platform == 'linux'`` is for Linux alone. (The one marker that setup.py uses.)"""
+    platform = re.search(r";\s*sys_platform == '(\w+)'", requirement)
+    return platform is None or platform[1] == sys.platform
 
 
 def missing(extra: str = "") -> list[str]:

@@ -87,8 +87,8 @@ def use_triton(op: str, backend: str, x: Tensor, *others: Tensor | None, width: 
     """
     if (x.is_meta and x.dtype.itemsize > 2) or any(t is not None and t.dtype == torch.float64 for t in (x, *others)):
         return False
-    there = x.is_cuda or x.is_meta or (INTERPRETED and backend == "triton")
-    return resolve(op, backend, able=HAS_TRITON and there and x.dtype in _DTYPES and width <= WIDEST)
+    there = x.is_meta or (HAS_TRITON and (x.is_cuda or (INTERPRETED and backend == "triton")))
+    return resolve(op, backend, able=there and x.dtype in _DTYPES and width <= WIDEST)
 
 
 def power_of_2(size: int) -> int:

@@ -98,7 +98,8 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """What ``backend`` stands for on this device."""
     if check_backend(backend) == "auto":
         # on the meta device, the memory that is needed is the kernels'
-        return "triton" if device.type != "cpu" and HAS_TRITON and dtype != torch.float64 else "torch"
+        there = device.type == "meta" or (device.type == "cuda" and HAS_TRITON)
+        return "triton" if there and dtype != torch.float64 else "torch"
     return backend
 
 

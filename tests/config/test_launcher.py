@@ -169,9 +169,14 @@ def test_what_may_change_is_documented() -> None:
 
 Outcome = tuple[list[int], str, float]
 
+#: ranks are forked from a clean process that imports once: a fork of the tests' own, with the threads that earlier tests started
+#: in it, may wait for ever for a lock that one of them held
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__])
+
 
 def rank_process(argv: Sequence[str], env: dict[str, str], folder: Path) -> None:
-    """One rank, forked from the test's process: it has imported everything already."""
+    """One rank, in a process that has imported everything already."""
     os.environ.update(env)
     os.chdir(folder)
     descriptor = os.open(folder / f"output_{os.getpid()}.txt", os.O_CREAT | os.O_WRONLY)
@@ -203,7 +208,7 @@ def processes(tmp_path: Path) -> Callable[..., Outcome]:
             if slurm:
                 place = {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(n), "SLURM_LOCALID": str(rank)}
                 place |= {"MASTER_PORT": str(port), "SLURM_STEP_NODELIST": "localhost"}
-            started.append(multiprocessing.get_context("fork").Process(target=rank_process, args=(argv, place | env, tmp_path)))
+            started.append(SERVER.Process(target=rank_process, args=(argv, place | env, tmp_path)))
             started[-1].start()
         for process in started:
             process.join(patience_s)

@@ -309,7 +309,7 @@ def _target(to: str, given: Input) -> Any:
 
 
 def _alive(session: int) -> bool:
-    """Whether a process of this session runs."""
+    """Whether a process of this group runs."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
