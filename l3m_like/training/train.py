@@ -156,7 +156,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             initialize(part, cfg.seed, f"{name}." if name else "", specs)
         part.train()
     if cfg.init is not None and not resumes:
-        load_weights(run.model, cfg.init.from_, strict=cfg.init.strict)
+        load_weights(run.model, cfg.init)
 
     # ---- optimizers, state, data ---------------------------------------------------------------------------------
     trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
