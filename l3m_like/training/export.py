@@ -114,6 +114,9 @@ class _Saved(Mapping[str, Tensor]):
                 del self._kept[next(iter(self._kept))]
         return value
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 

@@ -147,7 +147,7 @@ def test_finetuning_begins_at_the_reference_loss(folders, tmp_path) -> None:
 
 def with_teacher(where: Path, **init: Any) -> RunConfig:
     """A model of the family llama with a frozen one beside its embedding, which nothing else reads."""
-    tree = config("llama", None, f"run.dir={where}", "checkpoint.every=null").to_dict()
+    tree = config("llama", None, f"run.dir={where}", "run.name=student", "checkpoint.every=null").to_dict()
     model = tree["model"]
     teacher = {part: dict(model[part]) for part in ("preprocessor", "trunk", "head")}
     teacher["preprocessor"] |= {"writes": {"tokens": "teacher_tokens"}}
@@ -156,7 +156,7 @@ def with_teacher(where: Path, **init: Any) -> RunConfig:
     frozen = {"_target_": "l3m_like.core.Frozen", "model": {"_target_": "l3m_like.core.MetaModel", "stream": "text", **teacher}}
     model["preprocessor"] = {"embed": model["preprocessor"], "teacher": frozen}
     tree["keep"] = ["teacher_logits"]
-    return RunConfig.from_dict(tree | {"init": init}, name="student")
+    return RunConfig.from_dict(tree | {"init": init})
 
 
 def test_parts_have_folders_of_their_own(folders, tmp_path) -> None:
@@ -208,21 +208,21 @@ def edited(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
 
 
 def _no_shard(folder: Path) -> None:
-    (folder / "model-00002-of-00002.safetensors").unlink()
+    (folder / "model-00002-of-00004.safetensors").unlink()
 
 
 def _cut_short(folder: Path) -> None:
-    file = folder / "model-00002-of-00002.safetensors"
+    file = folder / "model-00002-of-00004.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
 
 
 def _no_header(folder: Path) -> None:
-    (folder / "model-00002-of-00002.safetensors").write_bytes(b"\xff" * 64)
+    (folder / "model-00002-of-00004.safetensors").write_bytes(b"\xff" * 64)
 
 
 def _wrong_index(folder: Path) -> None:
     index = json.loads((folder / INDEX).read_text())
-    index["weight_map"]["model.norm.weight"] = "model-00001-of-00002.safetensors"
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00004.safetensors"
     (folder / INDEX).write_text(json.dumps(index))
 
 
@@ -248,7 +248,7 @@ def _narrow(folder: Path) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no shard": (_no_shard, "model-00002-of-00002.safetensors is missing.*Download it again"),
+    "no shard": (_no_shard, "model-00002-of-00004.safetensors is missing.*Download it again"),
     "cut short": (_cut_short, r"damaged: it has [\d,]+ bytes instead of [\d,]+"),
     "no header": (_no_header, "damaged: its header is longer than the file"),
     "wrong index": (_wrong_index, "says that 'model.norm.weight' is in model-00001"),
