@@ -21,12 +21,21 @@ from l3m_like.distributed.activations import apply_checkpointing, apply_offload,
 from l3m_like.distributed.compiled import Graphs
 from l3m_like.distributed.low_precision import LowPrecision
 from l3m_like.distributed.mesh import Mesh
+from l3m_like.distributed.tensor_parallel import CutExperts, SumGradients
 
 # blocks return new tensors and never write into one in place, so a root that returns views is safe
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 #: how a layer's plan is written -> what torch is told; None: the parameter is whole on every tp rank
-TP_STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel, "replicated": None, "summed": None, "vocab": None}
+TP_STYLES: dict[str, Any] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "experts": CutExperts,
+    "divided": SumGradients,
+    "replicated": None,
+    "summed": None,
+    "vocab": None,
+}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -124,6 +133,13 @@ def _resolve(module: nn.Module, name: str, path: str) -> nn.Module | nn.Paramete
 
 
 def _check_divides(target: Any, style: str, where: str, tp: int) -> None:
+    if style == "divided":
+        return
+    if style == "experts":
+        for name, dim in target.tp_cuts.items():
+            if (size := getattr(target, name).shape[dim]) % tp:
+                raise UserError(f"tensor parallel: the experts of {where} are {size} wide, not a multiple of parallel.tp {tp}.")
+        return
     size = target.weight.shape[0 if style == "colwise" else 1]
     if size % tp:
         what = "outputs" if style == "colwise" else "inputs"

@@ -12,9 +12,13 @@ from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.layers.cache import StaticCache
 from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind
+from l3m_like.layers.moe import RouterLoads
 from l3m_like.layers.rope import Rope
 
 Layer = Callable[[int], nn.Module]
+
+#: of the routers of layers with experts; in the order of ``Routing``
+ROUTING = ("router_load", "router_probability", "router_z")
 
 
 class Transformer(ReadWriteBlock):
@@ -23,7 +27,8 @@ class Transformer(ReadWriteBlock):
     Reads   tokens [B, S, D]; positions [B, S] int64 (without: 0, 1, 2, ...); document_ids [B, S] int (-1 = padding; without:
             one document per row); cu_seqlens [N + 1] int32, the borders of the documents (without: attention over documents
             takes a slower way); prefix_lengths [B] int64 (mask "prefix"); cache (generation only)
-    Writes  hidden [B, S, D]
+    Writes  hidden [B, S, D]; if `writes` names them, what the routers of the L layers with experts did with every row, without
+            padding: router_load [L, B, E], tokens per expert; router_probability [L, B, E], their summed scores; router_z [L, B]
 
     Args:
         dim: D.
@@ -31,11 +36,14 @@ class Transformer(ReadWriteBlock):
         layer: ``layer(dim)`` makes one; or a named dict of such, with ``pattern``.
         rope: rotary positions, or None.
         mask: "causal", "full" or "prefix".
-        pattern: names of ``layer``, one per layer; a shorter pattern that divides ``num_layers`` is repeated.
+        pattern: names of ``layer``, one per layer; a shorter pattern that divides ``num_layers`` is repeated. Or
+            ``{name: how many}``, one kind after the other; null is what is left: ``{dense: 3, experts: null}``.
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
-    outputs = ("hidden",)
+    outputs = ("hidden", *ROUTING)
+    optional_outputs = ROUTING
+    inference_outputs = ("hidden",)
 
     def __init__(
         self,
@@ -44,7 +52,7 @@ class Transformer(ReadWriteBlock):
         layer: Layer | Mapping[str, Layer],
         rope: Rope | None = None,
         mask: str = "causal",
-        pattern: Sequence[str] | None = None,
+        pattern: Sequence[str] | Mapping[str, int | None] | None = None,
         **ports: Any,
     ) -> None:
         super().__init__(**ports)
@@ -58,12 +66,16 @@ class Transformer(ReadWriteBlock):
         self.attention_used: dict[str, str] = {}
         self.layers = nn.ModuleList(make(dim) for make in _layer_makers(layer, num_layers, pattern))
         units: list[Any] = list(self.layers)
+        self.router_loads = RouterLoads(units)
+        if not self.router_loads.routers and any(port in self.writes for port in ROUTING):
+            raise UserError("Transformer: `writes` names what routers did, but no layer has experts (mlp: l3m_like.layers.MoE).")
         mixers = [unit.mixer for unit in units]
         for mixer in mixers:
-            width = getattr(mixer, "head_dim", None)
+            name = "rope_dim" if hasattr(mixer, "rope_dim") else "head_dim"  # of those that rotate a part of a head
+            width = getattr(mixer, name, None)
             if rope is not None and width is not None and width != rope.head_dim:
                 raise UserError(
-                    f"Transformer: rope.head_dim is {rope.head_dim} but the attention's head_dim is {width}; make them equal."
+                    f"Transformer: rope.head_dim is {rope.head_dim} but the attention's {name} is {width}; make them equal."
                 )
 
     def compute(
@@ -74,7 +86,10 @@ class Transformer(ReadWriteBlock):
         cu_seqlens: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
-    ) -> Tensor:
+        *,
+        outputs: Sequence[str] = (),
+    ) -> Tensor | dict[str, Tensor]:
+        """hidden; called with ``outputs``, a dict of them."""
         batch, length = tokens.shape[:2]
         start, kv_ids = 0, None
         if cache is not None:
@@ -85,12 +100,27 @@ class Transformer(ReadWriteBlock):
         rope = self.rope(positions, tokens.dtype) if self.rope is not None else None
         mask = AttentionMask(self.mask, document_ids, kv_ids, prefix_lengths, start, cu_seqlens)
         masks = LayerMasks(mask, length, start + length, tokens, self.attention_used if cache is None else None)
+        valid = None if document_ids is None else document_ids >= 0
+        routings = []
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
-            tokens = layer(tokens, rope, masks.of(layer), layer_cache)
+            arguments = tokens, rope, masks.of(layer), layer_cache
+            if getattr(layer, "routes", False):
+                tokens, routing = layer(*arguments, valid)
+                routings.append(routing)
+            else:
+                tokens = layer(*arguments)
         if cache is not None:
             cache.length += length
-        return tokens
+        out = {"hidden": tokens}
+        if routings:
+            out |= zip(ROUTING, (torch.stack(values) for values in zip(*routings, strict=True)), strict=True)
+            if self.training and torch.is_grad_enabled():
+                self.router_loads.add(out["router_load"])
+        return {port: out[port] for port in outputs} if outputs else tokens
+
+    def after_step(self, mesh: Any) -> None:
+        self.router_loads.step(mesh.sum)
 
     def make_cache(
         self, batch: int, max_len: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -125,7 +155,11 @@ class Transformer(ReadWriteBlock):
         return sum(unit.flops(batch * length, pairs[getattr(unit.mixer, "window", None)]) for unit in units)
 
 
-def _layer_makers(layer: Layer | Mapping[str, Layer], num_layers: int, pattern: Sequence[str] | None) -> list[Layer]:
+def _layer_makers(
+    layer: Layer | Mapping[str, Layer], num_layers: int, pattern: Sequence[str] | Mapping[str, int | None] | None
+) -> list[Layer]:
+    if isinstance(pattern, Mapping):
+        pattern = _counted(pattern, num_layers)
     if not isinstance(layer, Mapping):
         if pattern is not None:
             raise UserError("Transformer: pattern names layers, so `layer` must be a named dict of them.")
@@ -142,3 +176,15 @@ def _layer_makers(layer: Layer | Mapping[str, Layer], num_layers: int, pattern: 
         if name not in pattern:
             raise UserError(f"Transformer: layer '{name}' is not in the pattern {list(pattern)}; delete it or use it.")
     return [layer[name] for name in list(pattern) * (num_layers // len(pattern))]
+
+
+def _counted(pattern: Mapping[str, int | None], num_layers: int) -> list[str]:
+    """``{a: 1, b: null}`` and 3 layers -> ``[a, b, b]``."""
+    left = num_layers - sum(count or 0 for count in pattern.values())
+    open_ones = [name for name, count in pattern.items() if count is None]
+    if len(open_ones) > 1 or left < 0 or (left > 0 and not open_ones):
+        raise UserError(
+            f"Transformer: the pattern {dict(pattern)} does not make num_layers ({num_layers}) layers; the counts must add up to "
+            "it, or one of them be null, which takes what is left."
+        )
+    return [name for name, count in pattern.items() for _ in range(left if count is None else count)]
