@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy(
         "cache": ["StaticCache", "LayerCache"],
         "embedding": ["TimeEmbed"],
         "linear": ["joint_linear"],
+        "lora": ["LoRALinear"],
         "masks": ["AttentionMask", "LayerMasks", "choose_backend", "lower", "attended_pairs"],
         "mlp": ["MLP", "SwiGLU"],
         "modulation": ["Modulation"],

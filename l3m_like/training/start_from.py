@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import Frozen
 from l3m_like.training.checkpoint import Checkpointer
+from l3m_like.training.lora import adapter_names
 
 
 def find_checkpoint(where: str, setting: str) -> tuple[Path, int]:
@@ -39,12 +40,16 @@ def load_weights(model: nn.Module, where: str, *, strict: bool) -> None:
 
     Args:
         where: a run's directory, or one of its checkpoint folders.
-        strict: every parameter must be there; otherwise those that are not there keep the values that they have.
+        strict: every parameter must be there, but adapters that begin here; otherwise those that are not there keep the values
+            that they have.
     """
     folder, step = find_checkpoint(where, "init.from")
     tensors: dict[str, Tensor] = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
     tensors |= {f"model/{name}": buffer for name, buffer in model.named_buffers()}
     with contextlib.closing(Checkpointer(folder)) as checkpointer:
+        if strict and (added := adapter_names(model)):
+            stored = checkpointer.names(step)
+            tensors = {name: t for name, t in tensors.items() if name in stored or name.removeprefix("model/") not in added}
         if not strict:
             stored = checkpointer.names(step)
             tensors = {name: tensor for name, tensor in tensors.items() if name in stored}

@@ -11,7 +11,7 @@ from torch import nn
 from l3m_like.core.errors import UserError, did_you_mean
 
 
-def matching(patterns: str | Sequence[str], names: Iterable[str], where: str) -> list[str]:
+def matching(patterns: str | Sequence[str], names: Iterable[str], where: str, kind: str = "parameter") -> list[str]:
     """The ``names`` that a shell-style pattern (``trunk.*.q_proj.weight``) matches; each pattern must match one.
 
     Raises:
@@ -22,7 +22,7 @@ def matching(patterns: str | Sequence[str], names: Iterable[str], where: str) ->
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
-            raise UserError(f"{where}: the pattern '{pattern}' matches no parameter. {did_you_mean(pattern, names)}")
+            raise UserError(f"{where}: the pattern '{pattern}' matches no {kind}. {did_you_mean(pattern, names)}")
         found |= dict.fromkeys(hits)
     return list(found)
 
