@@ -7,7 +7,6 @@ PEFT keeps ``adapter_config.json`` beside ``adapter_model.safetensors``, in whic
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from l3m_like.core.errors import UserError
-from l3m_like.pretrained.name_map import NameMap
 
 _PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -49,7 +47,7 @@ def merge(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
 def export_peft(
     folder: str | Path,
     state: Mapping[str, Tensor],
-    names: NameMap,
+    paths: Mapping[str, str],
     *,
     alpha: float,
     rank_stabilized: bool = False,
@@ -61,12 +59,12 @@ def export_peft(
     Args:
         folder: is made; files of these names in it are replaced.
         state: ``{parameter name: whole tensor}``; what is no adapter is left alone.
-        names: of the base model's parameters in the published format.
+        paths: ``{path of a linear layer of ours: its path in the published format}``.
         alpha, rank_stabilized, dropout: as the run's `lora` section has them.
         base: name or folder of the base model, noted for PEFT.
 
     Raises:
-        UserError: no adapters; one beside a matrix that is no matrix of its own there.
+        UserError: no adapters, or of several ranks; one beside a layer that ``paths`` does not have.
     """
     from safetensors.torch import save_file
 
@@ -77,7 +75,9 @@ def export_peft(
         path, _, leaf = name.rpartition(".")
         if leaf not in _LEAVES:
             continue
-        target = _their_path(path, names)
+        if path not in paths:
+            raise UserError(f"export_peft: '{path}' is no layer of its own in the published format, so its adapter has no place.")
+        target = paths[path]
         targets[target] = None
         ranks.add(tensor.shape[0 if leaf == "lora_a" else 1])
         tensors[f"{_PREFIX}{target}.{_LEAVES[leaf]}"] = tensor.detach().cpu().contiguous()
@@ -101,11 +101,14 @@ def export_peft(
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def import_peft(folder: str | Path, names: NameMap) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def import_peft(folder: str | Path, paths: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The adapters of a PEFT folder: ``({our parameter name: tensor}, {setting of the `lora` section: value})``.
 
+    Args:
+        paths: as for ``export_peft``.
+
     Raises:
-        UserError: no such files; a kind of adapter that is not LoRA on linear layers; a layer that ``names`` does not have.
+        UserError: no such files; a kind of adapter that is not LoRA on linear layers; a layer that ``paths`` does not have.
     """
     from safetensors.torch import load_file
 
@@ -118,7 +121,7 @@ def import_peft(folder: str | Path, names: NameMap) -> tuple[dict[str, Tensor], 
     odd |= {} if config.get("bias", "none") == "none" else {"bias": config["bias"]}
     if config.get("peft_type") != "LORA" or odd:
         raise UserError(f"import_peft: {folder} holds {config.get('peft_type')} with {odd or 'no settings'}; plain LoRA is needed.")
-    ours = {f"{_PREFIX}{_their_path(path, names)}": path for path in _linear_paths(names)}
+    ours = {f"{_PREFIX}{theirs}": path for path, theirs in paths.items()}
     state: dict[str, Tensor] = {}
     for name, tensor in load_file(folder / _WEIGHTS).items():
         for leaf, theirs in _LEAVES.items():
@@ -131,19 +134,3 @@ def import_peft(folder: str | Path, names: NameMap) -> tuple[dict[str, Tensor], 
     layers = sorted({name.rpartition(".")[0] for name in state})
     settings = {"layers": layers, "rank": config["r"], "alpha": float(config["lora_alpha"])}
     return state, settings | {"rank_stabilized": bool(config.get("use_rslora")), "dropout": float(config.get("lora_dropout", 0))}
-
-
-def scaling_of(rank: int, alpha: float, rank_stabilized: bool) -> float:
-    """The factor of an adapter, as ``LoRALinear`` has it."""
-    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
-
-
-def _linear_paths(names: NameMap) -> list[str]:
-    return [name.removesuffix(".weight") for name, source in names.items() if name.endswith(".weight") and source.parts == 1]
-
-
-def _their_path(path: str, names: NameMap) -> str:
-    source = names.get(f"{path}.weight")
-    if source is None or source.parts != 1 or source.shape is not None or not source.name.endswith(".weight"):
-        raise UserError(f"PEFT: '{path}' is no linear layer of its own in the published format, so its adapter has no place there.")
-    return source.name.removesuffix(".weight")

@@ -15,7 +15,7 @@ from l3m_like.config import RunConfig
 from l3m_like.config.schema import Lora
 from l3m_like.core.errors import UserError
 from l3m_like.layers import LoRALinear, joint_linear
-from l3m_like.pretrained.lora import export_peft, import_peft, merge
+from l3m_like.pretrained.lora import merge
 from l3m_like.training.checkpoint import load_full
 from tests.distributed.recorder import Record, experiment, recorded, world_size
 from tests.distributed.test_parity import compare, one_gradient_halved
@@ -152,7 +152,7 @@ def test_merged_is_unmerged(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"layers": ["*.q_porj"]}, "matches no linear layer. Did you mean"),
+        ({"layers": ["*.q_porj"]}, "matches no linear layer. Available: head.proj"),
         ({"layers": ["head.proj"]}, "nothing calls 'head.proj'"),
         ({"layers": ["*.q_proj"], "train": ["*.norm_3.weight"]}, "lora.train: the pattern '.*' matches no parameter"),
         ({"layers": ["*.q_proj"], "random_weights": False}, "Give init.from, or say `random_weights: true`"),
