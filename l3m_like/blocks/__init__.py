@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy(
         "trunks.transformer": ["Transformer"],
         "trunks.dit": ["DiT"],
         "heads.language_model": ["LanguageModelHead"],
+        "heads.distillation": ["TeacherHead", "DistillationHead"],
         "heads.pixels": ["PatchDecode"],
     },
 )
