@@ -18,7 +18,7 @@ from pathlib import Path
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="the run's directory (or a config: random weights)")
+    parser.add_argument("--run", required=True, help="the run's directory (or a config: the weights it starts from)")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="use the averaged weights")
     parser.add_argument("--out", type=Path, help="file to write (images default to RUN/samples/)")
@@ -46,7 +46,8 @@ def sample(args: argparse.Namespace) -> int:
     loaded = load(args.run, step=args.step, ema=args.ema, overrides=[f"sample.{setting}" for setting in args.settings], mesh=mesh)
     samples = loaded.generate()
     if mesh is None or mesh.is_main:
-        weights = "random weights" if loaded.step is None else f"step {loaded.step}{', averaged weights' if loaded.ema else ''}"
+        begin = "random weights" if loaded.config.init is None else "initial weights"
+        weights = begin if loaded.step is None else f"step {loaded.step}{', averaged weights' if loaded.ema else ''}"
         print(f"{args.run}: {weights}\n\n{samples}\n")
         if args.out is not None or samples.suffix != ".txt":
             print(f"written to {samples.save(args.out or default_path(Path(args.run), loaded.step, loaded.ema, samples.suffix))}")

@@ -354,8 +354,28 @@ class Eval:
 class Init:
     """Weights to start from."""
 
-    from_: str = setting(doc="A run's directory, or one of its checkpoint folders.", key="from")
-    strict: bool = setting(True, "Every parameter must be found there. false: what is not keeps its random values.")
+    from_: str | None = setting(
+        None,
+        "A run's directory or one of its checkpoint folders; a Hugging Face folder, or the name of a model on its hub. null: of "
+        "`parts` alone.",
+        key="from",
+    )
+    parts: dict[str, str] = setting(
+        {}, "`{path of a part: the same}`, for parts with weights of their own (`preprocessor.teacher: FOLDER`)."
+    )
+    strict: bool = setting(
+        True, "Every parameter must be found there, and nothing else. false: what is not keeps its random values; it is printed."
+    )
+    family: str | None = setting(
+        None, "The name map of the folder `from`: `my_module.FAMILY`. null: the one that is known for its model_type."
+    )
+
+    def problem(self) -> str | None:
+        if self.from_ is None and not self.parts:
+            return "from: nothing is given to start from. Write from or parts, or init: null."
+        if self.from_ is None and self.family is not None:
+            return f"family = {self.family}: it belongs to `from`, which is not given."
+        return None
 
 
 @dataclass(kw_only=True)

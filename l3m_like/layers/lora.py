@@ -26,9 +26,7 @@ class LoRALinear(nn.Linear):
         dropout: probability with which an entry of the adapter's input is zero in training.
     """
 
-    def __init__(
-        self, base: nn.Linear, *, rank: int, alpha: float, rank_stabilized: bool = False, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, base: nn.Linear, *, rank: int, alpha: float, rank_stabilized: bool = False, dropout: float = 0.0) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.requires_grad_(False)

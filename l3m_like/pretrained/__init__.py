@@ -2,4 +2,10 @@
 
 from l3m_like.core.lazy import lazy
 
-__getattr__, __dir__, __all__ = lazy(__name__, {"name_map": ["Source", "export_state", "import_state"]})
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "families": ["Family", "family", "family_of"],
+        "name_map": ["NameMap", "Source", "export_state", "export_tensor", "import_state"],
+    },
+)

@@ -2,56 +2,52 @@
 
 from __future__ import annotations
 
-from l3m_like.pretrained.name_map import Source
+from l3m_like.pretrained.name_map import Source, Templates
 
 
-def sit_names(num_layers: int, *, dim: int, channels: int, patch: int) -> dict[str, Source]:
+def sit_names(*, channels: int, patch: int) -> Templates:
     """Names in SiT's own checkpoints (``pos_embed`` there is a constant, computed here)."""
-    names = {
-        "preprocessor.patches.projection.proj.weight": Source("x_embedder.proj.weight", shape=(dim, channels, patch, patch)),
-        "preprocessor.patches.projection.proj.bias": Source("x_embedder.proj.bias"),
-        "preprocessor.condition.label.weight": Source("y_embedder.embedding_table.weight"),
+    ours, theirs = "trunk.layers.{i}", "blocks.{i}"
+    return {
+        "preprocessor.patches.projection.proj.weight": Source("x_embedder.proj.weight", shape=(-1, channels, patch, patch)),
+        "preprocessor.patches.projection.proj.bias": "x_embedder.proj.bias",
+        "preprocessor.condition.time.up.{leaf}": "t_embedder.mlp.0.{leaf}",
+        "preprocessor.condition.time.down.{leaf}": "t_embedder.mlp.2.{leaf}",
+        "preprocessor.condition.label.weight": "y_embedder.embedding_table.weight",
+        f"{ours}.mixer.q_proj.{{leaf}}": Source(f"{theirs}.attn.qkv.{{leaf}}", part=0, parts=3),
+        f"{ours}.mixer.k_proj.{{leaf}}": Source(f"{theirs}.attn.qkv.{{leaf}}", part=1, parts=3),
+        f"{ours}.mixer.v_proj.{{leaf}}": Source(f"{theirs}.attn.qkv.{{leaf}}", part=2, parts=3),
+        f"{ours}.mixer.out_proj.{{leaf}}": f"{theirs}.attn.proj.{{leaf}}",
+        f"{ours}.mlp.up.{{leaf}}": f"{theirs}.mlp.fc1.{{leaf}}",
+        f"{ours}.mlp.down.{{leaf}}": f"{theirs}.mlp.fc2.{{leaf}}",
+        f"{ours}.modulation.proj.{{leaf}}": f"{theirs}.adaLN_modulation.1.{{leaf}}",
+        "head.proj.{leaf}": "final_layer.linear.{leaf}",
+        "head.modulation.proj.{leaf}": "final_layer.adaLN_modulation.1.{leaf}",
     }
-    names |= _linear("preprocessor.condition.time.up", "t_embedder.mlp.0") | _linear(
-        "preprocessor.condition.time.down", "t_embedder.mlp.2"
-    )
-    for i in range(num_layers):
-        ours, theirs = f"trunk.layers.{i}", f"blocks.{i}"
-        for part, letter in enumerate("qkv"):
-            for leaf in ("weight", "bias"):
-                names[f"{ours}.mixer.{letter}_proj.{leaf}"] = Source(f"{theirs}.attn.qkv.{leaf}", part=part, parts=3)
-        names |= _linear(f"{ours}.mixer.out_proj", f"{theirs}.attn.proj")
-        names |= _linear(f"{ours}.mlp.up", f"{theirs}.mlp.fc1") | _linear(f"{ours}.mlp.down", f"{theirs}.mlp.fc2")
-        names |= _linear(f"{ours}.modulation.proj", f"{theirs}.adaLN_modulation.1")
-    return names | _linear("head.proj", "final_layer.linear") | _linear("head.modulation.proj", "final_layer.adaLN_modulation.1")
 
 
-def diffusers_names(num_layers: int, *, dim: int, channels: int, patch: int) -> dict[str, Source]:
+def diffusers_names(num_layers: int, *, channels: int, patch: int) -> Templates:
     """Names in ``DiTTransformer2DModel``, where every block holds a copy of the time and label embedding. Its time sinusoid
     divides by half - 1: set ``downscale_freq_shift = 0`` on every block's ``norm1.emb.time_proj`` for equal outputs."""
-    names = {
-        "preprocessor.patches.projection.proj.weight": Source("pos_embed.proj.weight", shape=(dim, channels, patch, patch)),
-        "preprocessor.patches.projection.proj.bias": Source("pos_embed.proj.bias"),
-    }
-    shared = {
-        "preprocessor.condition.label.weight": "class_embedder.embedding_table.weight",
-        "preprocessor.condition.time.up.weight": "timestep_embedder.linear_1.weight",
-        "preprocessor.condition.time.up.bias": "timestep_embedder.linear_1.bias",
-        "preprocessor.condition.time.down.weight": "timestep_embedder.linear_2.weight",
-        "preprocessor.condition.time.down.bias": "timestep_embedder.linear_2.bias",
-    }
-    for ours, theirs in shared.items():
-        every = [f"transformer_blocks.{i}.norm1.emb.{theirs}" for i in range(num_layers)]
-        names[ours] = Source(every[0], copies=tuple(every[1:]))
-    for i in range(num_layers):
-        ours, theirs = f"trunk.layers.{i}", f"transformer_blocks.{i}"
-        for letter in "qkv":
-            names |= _linear(f"{ours}.mixer.{letter}_proj", f"{theirs}.attn1.to_{letter}")
-        names |= _linear(f"{ours}.mixer.out_proj", f"{theirs}.attn1.to_out.0")
-        names |= _linear(f"{ours}.mlp.up", f"{theirs}.ff.net.0.proj") | _linear(f"{ours}.mlp.down", f"{theirs}.ff.net.2")
-        names |= _linear(f"{ours}.modulation.proj", f"{theirs}.norm1.linear")
-    return names | _linear("head.modulation.proj", "proj_out_1") | _linear("head.proj", "proj_out_2")
 
+    def in_every_block(name: str) -> Source:
+        first, *others = (f"transformer_blocks.{i}.norm1.emb.{name}" for i in range(num_layers))
+        return Source(first, copies=tuple(others))
 
-def _linear(ours: str, theirs: str) -> dict[str, Source]:
-    return {f"{ours}.{leaf}": Source(f"{theirs}.{leaf}") for leaf in ("weight", "bias")}
+    ours, theirs = "trunk.layers.{i}", "transformer_blocks.{i}"
+    return {
+        "preprocessor.patches.projection.proj.weight": Source("pos_embed.proj.weight", shape=(-1, channels, patch, patch)),
+        "preprocessor.patches.projection.proj.bias": "pos_embed.proj.bias",
+        "preprocessor.condition.time.up.{leaf}": in_every_block("timestep_embedder.linear_1.{leaf}"),
+        "preprocessor.condition.time.down.{leaf}": in_every_block("timestep_embedder.linear_2.{leaf}"),
+        "preprocessor.condition.label.weight": in_every_block("class_embedder.embedding_table.weight"),
+        f"{ours}.modulation.proj.{{leaf}}": f"{theirs}.norm1.linear.{{leaf}}",
+        f"{ours}.mixer.q_proj.{{leaf}}": f"{theirs}.attn1.to_q.{{leaf}}",
+        f"{ours}.mixer.k_proj.{{leaf}}": f"{theirs}.attn1.to_k.{{leaf}}",
+        f"{ours}.mixer.v_proj.{{leaf}}": f"{theirs}.attn1.to_v.{{leaf}}",
+        f"{ours}.mixer.out_proj.{{leaf}}": f"{theirs}.attn1.to_out.0.{{leaf}}",
+        f"{ours}.mlp.up.{{leaf}}": f"{theirs}.ff.net.0.proj.{{leaf}}",
+        f"{ours}.mlp.down.{{leaf}}": f"{theirs}.ff.net.2.{{leaf}}",
+        "head.modulation.proj.{leaf}": "proj_out_1.{leaf}",
+        "head.proj.{leaf}": "proj_out_2.{leaf}",
+    }

@@ -120,7 +120,8 @@ def import_peft(folder: str | Path, paths: Mapping[str, str]) -> tuple[dict[str,
     odd = {key: config[key] for key in _UNKNOWN if config.get(key)}
     odd |= {} if config.get("bias", "none") == "none" else {"bias": config["bias"]}
     if config.get("peft_type") != "LORA" or odd:
-        raise UserError(f"import_peft: {folder} holds {config.get('peft_type')} with {odd or 'no settings'}; plain LoRA is needed.")
+        kind = f"{config.get('peft_type')} with {odd}" if odd else config.get("peft_type")
+        raise UserError(f"import_peft: {folder} holds {kind}; plain LoRA on linear layers is needed.")
     ours = {f"{_PREFIX}{theirs}": path for path, theirs in paths.items()}
     state: dict[str, Tensor] = {}
     for name, tensor in load_file(folder / _WEIGHTS).items():

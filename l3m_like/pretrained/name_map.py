@@ -1,49 +1,225 @@
-"""A name map says where each of our tensors lies in another library's state dict. One map serves import and export."""
+"""Where each tensor of a model lies in a published checkpoint.
+
+A family writes one table of *templates*, ours -> theirs::
+
+    "trunk.layers.{i}.mixer.q_proj.{leaf}": "model.layers.{i}.self_attn.q_proj.{leaf}"
+
+``{leaf}`` stands for ``weight`` or ``bias``, every other name in braces for a number. ``NameMap`` applies the table to the
+tensors that a built model has. The result serves both directions, states and gradients, whole tensors and regions of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from l3m_like.core.errors import UserError
+from l3m_like.core.errors import UserError, did_you_mean
+
+#: leaves that are added to a published model, so that no published file holds them
+ADAPTERS = (".lora_a", ".lora_b")
+
+#: per dimension, the first index and the one after the last
+Bounds = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of our tensors lies in a published checkpoint.
+    """Where tensors of ours lie in a published checkpoint. A plain string is a ``Source`` of that name.
 
     Args:
-        name: of the tensor there.
-        part, parts: ours is block ``part`` of ``parts`` equal blocks of rows of it (fused projections).
-        shape: its shape there, if it is another view of the same numbers (a convolution that is a linear layer here).
-        copies: other names that hold the same tensor there.
+        name: template of the name there.
+        part, parts: theirs holds ``parts`` tensors of ours one after the other (fused projections), of which ours is
+            ``part``. They need not be of equal size.
+        axis: of ours, along which the parts are joined (of one expert's tensor, with ``stack``).
+        transpose: theirs is ours with the last two dimensions swapped.
+        shape: theirs is another view of the same numbers (a convolution that is a linear layer here); ``-1`` for its
+            first dimension.
+        copies: templates of other names that hold the same tensor there.
+        stack: theirs is one tensor for each index of our first dimension; the name in braces that stands for the index.
     """
 
     name: str
     part: int = 0
     parts: int = 1
+    axis: int = 0
+    transpose: bool = False
     shape: tuple[int, ...] | None = None
     copies: tuple[str, ...] = ()
+    stack: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape is not None and (self.parts > 1 or self.transpose or self.stack):
+            raise UserError(f"Source('{self.name}'): shape goes with none of parts, transpose and stack.")
+        if not 0 <= self.part < self.parts:
+            raise UserError(f"Source('{self.name}'): part {self.part} of {self.parts}; parts are counted from 0.")
 
 
-NameMap = Mapping[str, Source]
+Templates = Mapping[str, str | Source]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of ours (or one index of its first dimension, ``index``) and the region of a tensor of theirs that it is."""
+
+    ours: str
+    theirs: str
+    #: of ours, without the dimension that is stacked
+    shape: tuple[int, ...]
+    source: Source
+    index: int | None = None
+    #: its first place along ``source.axis`` of theirs
+    start: int = 0
+
+    def region(self, bounds: Bounds) -> tuple[slice, ...]:
+        """Where the part ``bounds`` of ours lies in theirs."""
+        source = self.source
+        if source.shape is not None:
+            return (slice(*bounds[0]), *(slice(0, size) for size in source.shape[1:]))
+        moved = [slice(low, high) for low, high in bounds]
+        moved[source.axis] = slice(*(place + self.start for place in bounds[source.axis]))
+        if source.transpose:
+            moved[-2], moved[-1] = moved[-1], moved[-2]
+        return tuple(moved)
+
+    def turned(self, theirs: Tensor, bounds: Bounds) -> Tensor:
+        """What was read of theirs (``region(bounds)``) as ours; a view where possible."""
+        if self.source.shape is not None:
+            return theirs.flatten(1)[:, slice(*bounds[1])]
+        return theirs.mT if self.source.transpose else theirs
+
+
+class NameMap:
+    """Templates applied to the tensors of one model.
+
+    Args:
+        templates: the table.
+        tensors: ``{our name: tensor}`` (its shape is what counts).
+        strict: every tensor must be in the table.
+        alias: ``{our name: what templates may call it as well}``.
+
+    Attributes:
+        pieces: ``{our name: its pieces}``: one, or one for each index of a stack.
+        theirs: ``{their name: its pieces, in their order}``; the names are in the order of the table, layer by layer.
+        shapes: ``{their name: shape}``, copies too.
+        copies: ``{their name: the name that it is a copy of}``.
+        left: our tensors that no template names.
+        tied: their names of what is one tensor with another here; a file may hold it a second time.
+
+    Raises:
+        UserError: a tensor that no template names (``strict``); a fused tensor of theirs of which only some parts are there.
+    """
+
+    def __init__(
+        self,
+        templates: Templates,
+        tensors: Mapping[str, Tensor],
+        *,
+        strict: bool = True,
+        alias: Mapping[str, str] | None = None,
+    ) -> None:
+        self.pieces: dict[str, list[Piece]] = {}
+        self.theirs: dict[str, list[Piece]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.copies: dict[str, str] = {}
+        self.tied: frozenset[str] = frozenset()
+        rows = [_Row.of(ours, source) for ours, source in templates.items()]
+        found, left = [], []
+        for name in tensors:
+            spoken = {name, (alias or {}).get(name, name)}
+            hits = ((number, match) for number, row in enumerate(rows) for n in spoken if (match := row.pattern.fullmatch(n)))
+            number, match = next(hits, (0, None))
+            if match is None:
+                left.append(name)
+            else:
+                found.append((_place(rows, number, match), name, rows[number].source, match.groupdict()))
+        self.left = tuple(left)
+        if left and strict:
+            more = f" (and for {len(left) - 1} more)" if len(left) > 1 else ""
+            raise UserError(f"the name map has no place for '{left[0]}'{more}. {did_you_mean(left[0], templates)}")
+        for _, name, source, values in sorted(found, key=lambda item: item[0]):
+            self._add(name, tuple(tensors[name].shape), source, values)
+        for theirs, pieces in self.theirs.items():
+            self._join(theirs, pieces)
+        self.pieces = {name: [] for name in self.pieces}
+        for pieces in self.theirs.values():
+            for piece in pieces:
+                self.pieces[piece.ours].append(piece)
+
+    @classmethod
+    def of(cls, templates: Templates, model: nn.Module, *, strict: bool = True, without: Sequence[str] = ()) -> NameMap:
+        """Of the parameters and buffers of ``model``.
+
+        Args:
+            without: paths of parts that have weights of their own.
+        """
+
+        def inside(name: str) -> bool:
+            return not name.startswith(tuple(f"{path}." for path in without)) and not name.endswith(ADAPTERS)
+
+        parameters = {name: p for name, p in model.named_parameters() if inside(name)}
+        twice = {name: p for name, p in model.named_parameters(remove_duplicate=False) if inside(name) and name not in parameters}
+        tensors = parameters | {name: buffer for name, buffer in model.named_buffers() if inside(name)}
+        alias = {name: _without_key(model, name) for name in tensors | twice}
+        names = cls(templates, tensors, strict=strict, alias=alias)
+        names.tied = frozenset(cls(templates, twice, strict=False, alias=alias).theirs)
+        return names
+
+    def _add(self, name: str, shape: tuple[int, ...], source: Source, values: Mapping[str, str]) -> None:
+        self.pieces[name] = []
+        for index in range(shape[0]) if source.stack else (None,):
+            filled = dict(values) if index is None else {**values, str(source.stack): str(index)}
+            theirs = source.name.format(**filled)
+            piece = Piece(name, theirs, shape if index is None else shape[1:], source, index)
+            self.theirs.setdefault(theirs, []).append(piece)
+            self.copies.update({copy.format(**filled): theirs for copy in source.copies})
+
+    def _join(self, theirs: str, pieces: list[Piece]) -> None:
+        """Put the parts of one tensor of theirs in their order, each after the one before."""
+        pieces.sort(key=lambda piece: piece.source.part)
+        source = pieces[0].source
+        if [piece.source.part for piece in pieces] != list(range(source.parts)):
+            have = ", ".join(f"'{piece.ours}'" for piece in pieces)
+            raise UserError(f"the name map makes '{theirs}' of {source.parts} tensors; found are {have}.")
+        whole = list(pieces[0].shape)
+        whole[source.axis] = 0
+        for number, piece in enumerate(pieces):
+            pieces[number] = replace(piece, start=whole[source.axis])
+            whole[source.axis] += piece.shape[source.axis]
+        if source.transpose:
+            whole[-2:] = whole[-1], whole[-2]
+        self.shapes[theirs] = tuple(whole) if source.shape is None else (whole[0], *source.shape[1:])
+        self.shapes |= {copy: self.shapes[theirs] for copy, of in self.copies.items() if of == theirs}
+
+    def reads(self, name: str, bounds: Bounds) -> Iterator[tuple[Piece, Bounds, tuple[slice | int, ...]]]:
+        """The pieces that make up the part ``bounds`` of our tensor ``name``: (piece, what is wanted of it, where that goes)."""
+        pieces = self.pieces[name]
+        if pieces[0].index is None:
+            yield pieces[0], bounds, ()
+            return
+        for place, index in enumerate(range(*bounds[0])):
+            yield pieces[index], bounds[1:], (place,)
 
 
 def import_state(names: NameMap, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict (views of theirs where possible).
+    """Our state dict (views of theirs where possible). Works for gradients as well.
 
     Raises:
         UserError: a tensor of the map is not in ``theirs``.
     """
     ours = {}
-    for name, source in names.items():
-        if source.name not in theirs:
-            raise UserError(f"the checkpoint has no '{source.name}' (needed for '{name}').")
-        tensor = theirs[source.name].chunk(source.parts)[source.part]
-        ours[name] = tensor if source.shape is None else tensor.flatten(1)
+    for name, pieces in names.pieces.items():
+        found = []
+        for piece in pieces:
+            if piece.theirs not in theirs:
+                raise UserError(f"the checkpoint has no '{piece.theirs}' (needed for '{name}').")
+            bounds = [(0, size) for size in piece.shape]
+            found.append(piece.turned(theirs[piece.theirs][piece.region(bounds)], bounds))
+        ours[name] = found[0] if pieces[0].index is None else torch.stack(found)
     return ours
 
 
@@ -53,15 +229,54 @@ def export_state(names: NameMap, ours: Mapping[str, Tensor]) -> dict[str, Tensor
     Raises:
         UserError: a tensor of the map is not in ``ours``.
     """
-    parts: dict[str, dict[int, Tensor]] = {}
-    theirs: dict[str, Tensor] = {}
-    for name, source in names.items():
-        if name not in ours:
-            raise UserError(f"the model has no '{name}' (needed for '{source.name}').")
-        tensor = ours[name] if source.shape is None else ours[name].reshape(source.shape)
-        found = parts.setdefault(source.name, {})
-        found[source.part] = tensor
-        if len(found) == source.parts:
-            whole = found[0] if source.parts == 1 else torch.cat([found[i] for i in range(source.parts)])
-            theirs |= dict.fromkeys((source.name, *source.copies), whole)
-    return theirs
+    theirs = {name: export_tensor(names, name, ours) for name in names.theirs}
+    return theirs | {copy: theirs[name] for copy, name in names.copies.items()}
+
+
+def export_tensor(names: NameMap, theirs: str, ours: Mapping[str, Tensor]) -> Tensor:
+    """One tensor of their state dict.
+
+    Raises:
+        UserError: a tensor that it is made of is not in ``ours``.
+    """
+    parts = []
+    for piece in names.theirs[theirs]:
+        if piece.ours not in ours:
+            raise UserError(f"the model has no '{piece.ours}' (needed for '{theirs}').")
+        parts.append(ours[piece.ours] if piece.index is None else ours[piece.ours][piece.index])
+    source = names.theirs[theirs][0].source
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=source.axis)
+    if source.shape is not None:
+        return whole.reshape(names.shapes[theirs])
+    return whole.mT if source.transpose else whole
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A template, ready to be compared with names."""
+
+    pattern: re.Pattern[str]
+    source: Source
+    indexed: bool
+
+    @classmethod
+    def of(cls, ours: str, source: str | Source) -> _Row:
+        parts = re.split(r"\{(\w+)\}", ours)  # text and names in braces by turns
+        names = {name: "weight|bias" if name == "leaf" else r"\d+" for name in parts[1::2]}
+        text = "".join(f"(?P<{part}>{names[part]})" if at % 2 else re.escape(part) for at, part in enumerate(parts))
+        return cls(re.compile(text), Source(source) if isinstance(source, str) else source, bool(set(names) - {"leaf"}))
+
+
+def _place(rows: Sequence[_Row], number: int, match: re.Match[str]) -> tuple[Any, ...]:
+    """Where a tensor stands in a published file: rows of the table with an index that follow one another go layer by layer."""
+    first = number
+    while rows[number].indexed and first > 0 and rows[first - 1].indexed:
+        first -= 1
+    return (first, *(int(value) for value in match.groupdict().values() if value.isdecimal()), number)
+
+
+def _without_key(model: nn.Module, name: str) -> str:
+    """``preprocessor.embed.weight`` for ``preprocessor.text.embed.weight``, where ``preprocessor`` is a named dict of blocks."""
+    part, _, rest = name.partition(".")
+    key, _, leaf = rest.partition(".")
+    return f"{part}.{leaf}" if leaf and isinstance(getattr(model, part, None), nn.ModuleDict) and key else name

@@ -32,13 +32,14 @@ from l3m_like.distributed.activations import refuse_hidden
 from l3m_like.distributed.mesh import AXES, Mesh, axis_sizes, build_mesh
 from l3m_like.distributed.parallelize import apply_tensor_parallel, parallelize
 from l3m_like.generate.sampler import Inference
+from l3m_like.pretrained.folder import FolderMissing
 from l3m_like.training.evaluate import Evaluations
 from l3m_like.training.flops import FORMULA, StepFlops
 from l3m_like.training.init import init_specs, materialize, random_weights
 from l3m_like.training.memory import Activations, become_local, measure_activations, sharding, static_bytes
 from l3m_like.training.optim import Route, groups_of, listing, routes
 from l3m_like.training.schedule import Schedule
-from l3m_like.training.start_from import find_checkpoint
+from l3m_like.training.start_from import find_checkpoint, starts
 from l3m_like.training.train import Plan, plan
 from l3m_like.training.updates import assign_parameters
 
@@ -122,7 +123,8 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
         inference = _check_sampler(cfg, run.model)
         evaluations = Evaluations(cfg, run.parts, run.losses, mesh, run.micro_rows)
         data, missing = _check_data(cfg, run, evaluations, skip=model_only)
-        missing |= _check_start(cfg)
+        left: list[str] = []
+        missing |= _check_start(cfg, run.model, left)
         flops, flops_numbers = _flops_section(cfg, run, dp_size)
         become_local(run.model, sharded, cfg.parallel.precision)
         trace = Trace(run.wiring, run.micro_rows)  # once more: plan's is in the dtype of the master weights
@@ -151,7 +153,7 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
     static = static_bytes(sharded, ema=cfg.ema is not None, muon=muon)
     memory, memory_numbers = _memory_section(cfg, run, static, activations, sharded, processes)
     parameters, parameter_numbers = _parameter_section(sharded)
-    warnings = [*run.wiring.warnings, *_directory(cfg)]
+    warnings = [*run.wiring.warnings, *left, *_directory(cfg)]
     sections = [
         _run_section(cfg, run, sizes, processes, lanes, inference),
         Section("data", [(line,) for line in data]),
@@ -272,18 +274,27 @@ def _check_data(cfg: RunConfig, run: Plan, evaluations: Evaluations, *, skip: bo
     return lines, missing
 
 
-def _check_start(cfg: RunConfig) -> dict[str, str]:
-    """Weights or a checkpoint to start from that are not on this machine."""
-    places = {"init.from": cfg.init.from_ if cfg.init else None}
+def _check_start(cfg: RunConfig, model: nn.Module, warnings: list[str]) -> dict[str, str]:
+    """Weights or a checkpoint to start from that are not on this machine; those of a Hugging Face folder must fit the model."""
+    places = {}
+    for start in starts(model, cfg.init) if cfg.init is not None else ():
+        try:
+            folder = start.folder(download=False)
+        except FolderMissing:
+            places[start.setting] = start.where
+        else:
+            if folder is None:
+                places[start.setting] = start.where
+            else:
+                warnings += [f"{start.setting}: {line}" for line in start.fit(folder).left]
     if cfg.checkpoint.resume not in ("auto", "never"):
         places["checkpoint.resume"] = cfg.checkpoint.resume
     missing = {}
     for setting, place in places.items():
-        if place is not None:
-            try:
-                find_checkpoint(place, setting)
-            except UserError:
-                missing[setting] = place
+        try:
+            find_checkpoint(place, setting)
+        except UserError:
+            missing[setting] = place
     return missing
 
 

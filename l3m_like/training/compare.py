@@ -23,7 +23,7 @@ from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.data.loader import Loader
 from l3m_like.distributed.mesh import Mesh, build_mesh
-from l3m_like.pretrained import export_state
+from l3m_like.pretrained import NameMap, export_state
 from l3m_like.training.bench import bench, peak_memory, run_length
 from l3m_like.training.flops import FORMULA, peak_flops
 from l3m_like.training.init import initialize, materialize
@@ -225,7 +225,8 @@ class Work:
     def peer(self, variant: Variant) -> Peer:
         """The variant with our initial weights."""
         peer = variant.make(self.sizes, self.mesh.device, self.documents)
-        missing, unexpected = peer.module.load_state_dict(export_state(peer.names, self.weights), strict=False)
+        names = NameMap(peer.names, self.weights)
+        missing, unexpected = peer.module.load_state_dict(export_state(names, self.weights), strict=False)
         left = [key for key in missing if key in dict(peer.module.named_parameters())]
         if left or unexpected:
             raise RuntimeError(f"the peer's parameters are not ours: {left} have no value, {unexpected} no place")

@@ -1,4 +1,4 @@
-"""A trained model to use: from a run's checkpoint, or with the random weights that a config would start from."""
+"""A model to use: from a run's checkpoint, or with the weights that a config would start from."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from l3m_like.distributed.parallelize import DTYPES, parallelize
 from l3m_like.training.build import build_model
 from l3m_like.training.checkpoint import Checkpointer, DamagedCheckpoint, load_full, whole_steps
 from l3m_like.training.init import init_specs, initialize, materialize
+from l3m_like.training.start_from import load_weights
 
 if TYPE_CHECKING:
     from l3m_like.generate.sampler import Samples
@@ -35,7 +36,7 @@ class Loaded:
     Attributes:
         model: a MetaModel, or a Series of them.
         config: of the run.
-        step: of the checkpoint; None: random weights.
+        step: of the checkpoint; None: the weights that training would start from.
         ema: are these the averaged weights?
         mesh: that the model is on; None: one process.
     """
@@ -91,7 +92,7 @@ def load(
 
     Args:
         run_or_config: a run's directory: the weights of its newest (or the asked) checkpoint, whatever mesh saved it. Or a
-            config (file, dict, RunConfig): the random weights that training would start from.
+            config (file, dict, RunConfig): the weights that training would start from, random ones or those of ``init``.
         step: of the checkpoint; None: the newest whole one.
         ema: the averaged weights instead (what was not trained, and so not averaged, is as in the model).
         device: None: an accelerator if there is one. On a mesh it is the mesh's.
@@ -134,6 +135,8 @@ def load(
         if checkpoints is None:
             initialize(part, cfg.seed, f"{name}." if name else "", specs)
         part.eval()
+    if checkpoints is None and cfg.init is not None:
+        load_weights(model, cfg.init)
 
     # ---- its weights ---------------------------------------------------------------------------------------------
     if checkpoints is not None:

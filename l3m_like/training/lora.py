@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from l3m_like.config.run_config import RunConfig
 from l3m_like.config.schema import Lora
 from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import Frozen
@@ -42,6 +43,13 @@ def add_adapters(model: nn.Module, settings: Lora) -> None:
             parameters[name].requires_grad_(True)
 
 
+def refuse_random_base(cfg: RunConfig) -> None:
+    """Adapters are trained beside weights that are worth keeping."""
+    loaded = cfg.checkpoint.resume not in ("auto", "never") or (cfg.init is not None and cfg.init.from_ is not None)
+    if cfg.lora is not None and not loaded and not cfg.lora.random_weights:
+        raise UserError("lora: nothing is loaded into the model that it freezes. Give init.from, or say `random_weights: true`.")
+
+
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """``{path: layer with an adapter}``."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
@@ -73,6 +81,6 @@ def none_bypassed(model: nn.Module) -> Iterator[None]:
     if waiting:
         path = next(iter(waiting.values()))
         raise UserError(
-            f"lora.layers: nothing calls '{path}'; its matrix is read directly (a vocabulary matrix is), so that an adapter would "
-            "change nothing. Leave it out, or train it whole by lora.train."
+            f"lora.layers: nothing calls '{path}'; its matrix is read directly (as vocabulary matrices are), so an adapter "
+            "would change nothing. Leave it out, or train it whole by lora.train."
         )

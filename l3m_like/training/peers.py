@@ -30,9 +30,9 @@ from l3m_like.layers.embedding import sinusoid
 from l3m_like.layers.mlp import ACTIVATIONS
 from l3m_like.layers.patch_embed import sincos_positions, unpatchify
 from l3m_like.losses import FlowMatching, TokenNLL
+from l3m_like.pretrained.decoder import NAMES
 from l3m_like.pretrained.dit import diffusers_names, sit_names
-from l3m_like.pretrained.name_map import NameMap
-from l3m_like.pretrained.qwen3 import name_map
+from l3m_like.pretrained.name_map import Templates
 from l3m_like.pretrained.torchvision_ops import allow_torchvision
 from l3m_like.training.train import Plan
 
@@ -61,9 +61,6 @@ class Decoder:
     micro = (1, 2, 4, 8, 16)
     #: the keys of a batch that a peer reads
     keys = ("text_ids", "text_targets", "text_positions")
-
-    def names(self) -> NameMap:
-        return name_map(self.layers, qk_norm=self.qk_norm, tied=self.tied)
 
 
 @dataclass(frozen=True)
@@ -203,7 +200,7 @@ class Peer:
     module: nn.Module
     loss: Callable[[Batch, Tensor], Tensor]
     count: Callable[[Batch], int]
-    names: NameMap
+    names: Templates
     flags: str
     attention: Sequence[SDPBackend] = ()
     undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -358,7 +355,7 @@ def transformers_decoder(
         model,
         loss,
         lambda batch: int((batch["text_targets"] != -100).sum()),
-        sizes.names(),
+        NAMES,
         f"transformers {prefix}ForCausalLM; {how}; {kernels}; attention sdpa ({mask}; {_order(attention)})",
         attention if device.type == "cuda" else (),
         undo,
@@ -457,7 +454,7 @@ def timm_diffusion(
     allow_torchvision()
     with torch.device(device):
         model = TimmDiT(sizes).train()
-    names = sit_names(sizes.layers, dim=sizes.dim, channels=sizes.channels, patch=sizes.patch)
+    names = sit_names(channels=sizes.channels, patch=sizes.patch)
     flags = "DiT of timm's Attention (scaled_dot_product_attention) and Mlp"
     return _diffusion_peer(sizes, model, model, names, flags, compiled, attention if device.type == "cuda" else ())
 
@@ -486,7 +483,7 @@ def diffusers_diffusion(sizes: Diffusion, device: torch.device, documents: bool,
         block.norm1.emb.time_proj.downscale_freq_shift = 0  # as in SiT
         block.norm1.emb.class_embedder.dropout_prob = 0  # labels are dropped before
     model.to(device)  # its table of positions is made on the CPU
-    names = diffusers_names(sizes.layers, dim=sizes.dim, channels=sizes.channels, patch=sizes.patch)
+    names = diffusers_names(sizes.layers, channels=sizes.channels, patch=sizes.patch)
 
     def forward(image: Tensor, time: Tensor, class_id: Tensor) -> Tensor:
         return model(image, timestep=time, class_labels=class_id, return_dict=False)[0]
@@ -499,7 +496,7 @@ def _diffusion_peer(
     sizes: Diffusion,
     model: nn.Module,
     forward: Callable[..., Tensor],
-    names: NameMap,
+    names: Templates,
     flags: str,
     compiled: bool,
     attention: Sequence[SDPBackend],

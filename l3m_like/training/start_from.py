@@ -1,18 +1,27 @@
-"""Starting weights from another run's checkpoint, straight into the sharded model."""
+"""Starting weights, straight into the sharded model: of another run's checkpoint, or of a Hugging Face folder."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from l3m_like.core.errors import UserError
-from l3m_like.core.meta_model import Frozen
+from l3m_like.config.schema import Init
+from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.core.meta_model import Frozen, MetaModel, Tower
+from l3m_like.pretrained.families import family
+from l3m_like.pretrained.folder import Folder, find_folder
 from l3m_like.training.checkpoint import Checkpointer
+from l3m_like.training.hugging_face import Fit, fit
 from l3m_like.training.lora import adapter_names
+
+log = logging.getLogger(__name__)
 
 
 def find_checkpoint(where: str, setting: str) -> tuple[Path, int]:
@@ -35,30 +44,94 @@ def find_checkpoint(where: str, setting: str) -> tuple[Path, int]:
     return folder, step
 
 
-def load_weights(model: nn.Module, where: str, *, strict: bool) -> None:
-    """Fill the (materialised, sharded) parameters and buffers of ``model`` from a checkpoint of another run, on any mesh.
+@dataclass(frozen=True)
+class Start:
+    """Where the weights of a part of the model come from; the part "" is the model itself.
 
-    Args:
-        where: a run's directory, or one of its checkpoint folders.
-        strict: every parameter must be there, but adapters that begin here; otherwise those that are not there keep the values
-            that they have.
+    Attributes:
+        setting: that says so, for messages.
+        without: paths below ``module`` that have weights of their own.
+        family: of the folder (None: that of its ``model_type``).
     """
-    folder, step = find_checkpoint(where, "init.from")
-    tensors: dict[str, Tensor] = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    tensors |= {f"model/{name}": buffer for name, buffer in model.named_buffers()}
-    with contextlib.closing(Checkpointer(folder)) as checkpointer:
-        if strict and (added := adapter_names(model)):
+
+    module: nn.Module
+    path: str
+    where: str
+    setting: str
+    strict: bool
+    without: tuple[str, ...] = ()
+    family: str | None = None
+
+    def folder(self, *, download: bool = True) -> Folder | None:
+        """The Hugging Face folder; None: it is a run's."""
+        return find_folder(self.where, self.setting, download=download)
+
+    def fit(self, folder: Folder) -> Fit:
+        """The folder compared with the part, see ``hugging_face.fit``."""
+        of = family(self.family or folder.model_type)
+        return fit(self.module, folder, of, self.setting, strict=self.strict, without=self.without)
+
+    def load(self) -> None:
+        """Fill the part's (materialised, sharded) parameters and buffers."""
+        folder = self.folder()
+        if folder is None:
+            loaded, left = self._load_checkpoint()
+        else:
+            found = self.fit(folder)
+            found.fill(self.module, folder)
+            loaded, left = found.loaded, found.left
+        if left and (not dist.is_initialized() or dist.get_rank() == 0):
+            log.warning("%s = %s was not taken as a whole:%s", self.setting, self.where, "".join(f"\n  {line}" for line in left))
+        for path, part in frozen_parts(self.module).items():
+            if all(f"{path}.{name}" in loaded for name, _ in part.named_parameters()):
+                part.loaded_from = self.where
+
+    def _load_checkpoint(self) -> tuple[Collection[str], list[str]]:
+        """(names that were filled, what was not, in words)."""
+        folder, step = find_checkpoint(self.where, self.setting)
+        tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        tensors |= dict(self.module.named_buffers())
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(tuple(f"{path}." for path in self.without))}
+        left: list[str] = []
+        with contextlib.closing(Checkpointer(folder)) as checkpointer:
             stored = checkpointer.names(step)
-            tensors = {name: t for name, t in tensors.items() if name in stored or name.removeprefix("model/") not in added}
-        if not strict:
-            stored = checkpointer.names(step)
-            tensors = {name: tensor for name, tensor in tensors.items() if name in stored}
-            if not tensors:
-                raise UserError(f"init.from = {where}: none of the model's parameters is there.")
-        checkpointer.load(step, tensors, partial=True)
-    for path, part in frozen_parts(model).items():
-        if all(f"model/{path}.{name}" in tensors for name, _ in part.named_parameters()):
-            part.loaded_from = where
+            begin_here = {name for name in adapter_names(self.module) if f"model/{name}" not in stored}
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in begin_here}
+            if not self.strict:
+                left = [f"it holds no '{name}'." for name in tensors if f"model/{name}" not in stored]
+                tensors = {name: tensor for name, tensor in tensors.items() if f"model/{name}" in stored}
+                if not tensors:
+                    raise UserError(f"{self.setting} = {self.where}: none of the model's parameters is there.")
+            checkpointer.load(step, {f"model/{name}": tensor for name, tensor in tensors.items()}, partial=True)
+        return tensors, left
+
+
+def starts(model: nn.Module, init: Init) -> list[Start]:
+    """What ``init`` fills, the whole model before its parts.
+
+    Raises:
+        UserError: a path in ``init.parts`` that is no part of the model.
+    """
+    found = []
+    if init.from_ is not None:
+        found.append(Start(model, "", init.from_, "init.from", init.strict, tuple(init.parts), init.family))
+    for path, where in init.parts.items():
+        paths = [name for name, module in model.named_modules() if isinstance(module, (MetaModel, Frozen, Tower)) and name]
+        if path not in paths:
+            raise UserError(f"init.parts: '{path}' is no part of the model with weights of its own. {did_you_mean(path, paths)}")
+        part = model.get_submodule(path)
+        inner = part.model if isinstance(part, (Frozen, Tower)) else part
+        found.append(Start(inner, path, where, f"init.parts.{path}", init.strict))
+    return found
+
+
+def load_weights(model: nn.Module, init: Init) -> None:
+    """Fill the (materialised, sharded) parameters and buffers of ``model`` as ``init`` says, whatever mesh it is on."""
+    for start in starts(model, init):
+        start.load()
+        part = model.get_submodule(start.path)
+        if isinstance(part, Frozen):
+            part.loaded_from = start.where
 
 
 def frozen_parts(model: nn.Module) -> dict[str, Frozen]:

@@ -42,7 +42,7 @@ from l3m_like.training.debug import Debug
 from l3m_like.training.evaluate import Evaluations, to_device
 from l3m_like.training.flops import StepFlops, peak_flops
 from l3m_like.training.init import init_specs, initialize, materialize, random_weights
-from l3m_like.training.lora import none_bypassed
+from l3m_like.training.lora import none_bypassed, refuse_random_base
 from l3m_like.training.optim import EMA, Guard
 from l3m_like.training.record import StepRecord, flush, watch_bad_samples, watch_bad_steps
 from l3m_like.training.report import Reporter
@@ -87,8 +87,7 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
     refuse_state(losses)
     if cfg.init is None and cfg.checkpoint.resume in ("auto", "never"):
         random_weights(parts.values())  # a frozen part that nothing would be loaded into
-        if cfg.lora is not None and not cfg.lora.random_weights:
-            raise UserError("lora: adapters of a model that nothing is loaded into. Give init.from, or say `random_weights: true`.")
+    refuse_random_base(cfg)
     check_lanes(cfg.batch.global_, cfg.batch.micro or 1, dp_size, cfg.data.lanes or default_lanes(cfg.batch.global_))
     updates = plan_updates(cfg, parts, losses)
     rows = cfg.batch.global_ // dp_size
@@ -162,7 +161,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             initialize(part, cfg.seed, f"{name}." if name else "", specs)
         part.train()
     if cfg.init is not None and not resumes:
-        load_weights(run.model, cfg.init.from_, strict=cfg.init.strict)
+        load_weights(run.model, cfg.init)
 
     # ---- optimizers, state, data ---------------------------------------------------------------------------------
     trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}

@@ -23,8 +23,8 @@ from transformers import (
 from l3m_like.blocks import LanguageModelHead, TokenEmbed, Transformer
 from l3m_like.core import MetaModel
 from l3m_like.layers import Attention, Rope, SwiGLU, TransformerLayer
-from l3m_like.pretrained import export_state, import_state
-from l3m_like.pretrained.qwen3 import name_map
+from l3m_like.pretrained import NameMap, export_state, import_state
+from l3m_like.pretrained.decoder import NAMES
 
 V, D, LAYERS, H, HKV, FFN = 100, 64, 2, 4, 2, 96
 SIZES = {
@@ -133,7 +133,7 @@ def run_ours(model: MetaModel) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 def compare(family: str, dtype: torch.dtype, ours: MetaModel, weights: MetaModel) -> None:
     """``ours`` against the reference with the weights of ``weights`` (an intact model; faults are planted in ``ours``)."""
-    names = name_map(LAYERS, qk_norm=FAMILIES[family][5], qkv_bias=FAMILIES[family][6], tied=FAMILIES[family][8])
+    names = NameMap.of(NAMES, weights)
     reference = reference_of(family, dtype)
     missing, unexpected = reference.load_state_dict(export_state(names, dict(weights.named_parameters())), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
@@ -211,7 +211,7 @@ def test_missing_rope_scaling_is_found() -> None:
 
 def test_names_go_there_and_back() -> None:
     model = ours_of("qwen3_tied")
-    names = name_map(LAYERS, qk_norm=True, tied=True)
+    names = NameMap.of(NAMES, model)
     ours = dict(model.named_parameters())
     back = import_state(names, export_state(names, ours))
     assert set(back) == set(ours) and all(torch.equal(back[name], ours[name]) for name in ours)

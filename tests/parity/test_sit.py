@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from l3m_like.blocks import DiT, PatchDecode, PatchEmbed, TimeLabelEmbed
 from l3m_like.core import MetaModel
 from l3m_like.layers import MLP, Attention, DiTLayer
-from l3m_like.pretrained import export_state, import_state
+from l3m_like.pretrained import NameMap, export_state, import_state
 from l3m_like.pretrained.dit import diffusers_names, sit_names
 
 CLASSES, DIM, LAYERS, HEADS, SIZE, PATCH, CHANNELS = 10, 48, 2, 4, 8, 2, 4
-MAP = {"num_layers": LAYERS, "dim": DIM, "channels": CHANNELS, "patch": PATCH}
+MAP = {"channels": CHANNELS, "patch": PATCH}
 
 
 def ours_of(dtype: torch.dtype) -> MetaModel:
@@ -81,7 +81,7 @@ def batch(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def compare(dtype: torch.dtype, ours: MetaModel, shift: float = 0.0) -> None:
-    data, names = batch(dtype), diffusers_names(**MAP)
+    data, names = batch(dtype), NameMap.of(diffusers_names(LAYERS, **MAP), ours)
     reference = reference_of(dtype, shift)
     missing, unexpected = reference.load_state_dict(export_state(names, dict(ours.named_parameters())), strict=False)
     assert not unexpected and set(missing) <= {"pos_embed.pos_embed"}
@@ -95,9 +95,8 @@ def compare(dtype: torch.dtype, ours: MetaModel, shift: float = 0.0) -> None:
     (out * weight).square().sum().backward()
     check_values(out.detach(), theirs.detach())
     their_gradients = gradients(reference)
-    for source in names.values():  # the reference holds a copy of the embeddings in every block
-        for copy in source.copies:
-            their_gradients[source.name] = their_gradients[source.name] + their_gradients[copy]
+    for copy, name in names.copies.items():  # the reference holds a copy of the embeddings in every block
+        their_gradients[name] = their_gradients[name] + their_gradients[copy]
     vanishing = {"k_proj.bias": "softmax ignores what all keys have in common"}
     check_gradients(gradients(ours), import_state(names, their_gradients), vanishing=vanishing)
 
@@ -136,7 +135,8 @@ def test_other_sinusoid_is_found() -> None:
 
 
 def test_published_names_go_there_and_back() -> None:
-    ours, names = dict(ours_of(torch.float32).named_parameters()), sit_names(**MAP)
+    ours = dict(ours_of(torch.float32).named_parameters())
+    names = NameMap(sit_names(**MAP), ours)
     theirs = export_state(names, ours)
     assert theirs["blocks.1.attn.qkv.weight"].shape == (3 * DIM, DIM)
     assert theirs["x_embedder.proj.weight"].shape == (DIM, CHANNELS, PATCH, PATCH)

@@ -23,10 +23,10 @@ from l3m_like import load, train
 from l3m_like.config import RunConfig
 from l3m_like.core.random import normal, uniform
 from l3m_like.data import Loader
-from l3m_like.pretrained import export_state, import_state
+from l3m_like.pretrained import NameMap, export_state, import_state
+from l3m_like.pretrained.decoder import NAMES
 from l3m_like.pretrained.dit import diffusers_names
-from l3m_like.pretrained.name_map import NameMap
-from l3m_like.pretrained.qwen3 import name_map
+from l3m_like.pretrained.name_map import Templates
 
 ROOT = Path(__file__).parents[2]
 STEPS = 100
@@ -82,7 +82,7 @@ Batch = dict[str, Tensor]
 LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 
-def qwen3(cfg: RunConfig) -> tuple[nn.Module, NameMap, LossSum]:
+def qwen3(cfg: RunConfig) -> tuple[nn.Module, Templates, LossSum]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     k = cfg.knobs
@@ -104,10 +104,10 @@ def qwen3(cfg: RunConfig) -> tuple[nn.Module, NameMap, LossSum]:
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
         return total, int((targets != -100).sum())
 
-    return reference, name_map(k["layers"], qk_norm=True, tied=True), loss_sum
+    return reference, NAMES, loss_sum
 
 
-def dit(cfg: RunConfig) -> tuple[nn.Module, NameMap, LossSum]:
+def dit(cfg: RunConfig) -> tuple[nn.Module, Templates, LossSum]:
     from diffusers import DiTTransformer2DModel
 
     k = cfg.knobs
@@ -132,7 +132,7 @@ def dit(cfg: RunConfig) -> tuple[nn.Module, NameMap, LossSum]:
         predicted = model(t * image + (1 - t) * noise, timestep=time, class_labels=label).sample
         return F.mse_loss(predicted, image - noise, reduction="sum"), image.numel()
 
-    return reference, diffusers_names(k["layers"], dim=k["dim"], channels=k["channels"], patch=k["patch"]), loss_sum
+    return reference, diffusers_names(k["layers"], channels=k["channels"], patch=k["patch"]), loss_sum
 
 
 REFERENCES = {"llm": qwen3, "sit": dit}
@@ -153,8 +153,9 @@ class Faults:
 def plain(cfg: RunConfig, kind: str, faults: Faults | None = None, steps: int = STEPS) -> Trajectory:
     """The run ``cfg`` by hand: torch's AdamW and clipping, the schedule and the average as their formulas."""
     faults = faults or Faults()
-    model, names, loss_sum = REFERENCES[kind](cfg)
+    model, templates, loss_sum = REFERENCES[kind](cfg)
     start = load(cfg).model  # the random weights of the seed
+    names = NameMap.of(templates, start)
     missing, unexpected = model.load_state_dict(export_state(names, dict(start.named_parameters())), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight", "pos_embed.pos_embed"}
     matrices = [p for p in model.parameters() if p.ndim >= 2 or faults.decay_vectors]

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from l3m_like.config import RunConfig

@@ -1,0 +1,257 @@
+"""Hugging Face folders: ``config.json`` and safetensors files, of which regions of single tensors are read and written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from l3m_like.core.errors import UserError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+#: what a folder holds beside weights and config.json, as the tokenizers of transformers and its generation read it
+SMALL_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+#: as safetensors calls them
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class FolderMissing(UserError):
+    """No such folder on this machine, and no such model in the hub's cache."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a folder."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Folder:
+    """A Hugging Face folder. Making one reads the files' headers; ``read`` maps the bytes that it needs, and copies no others.
+
+    Args:
+        path: with ``config.json``, and ``model.safetensors`` or the files that ``model.safetensors.index.json`` names.
+
+    Raises:
+        UserError: a file is missing, cut short or damaged; weights that are quantised, or no safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config: dict[str, Any] = _json(path / CONFIG)
+        if "quantization_config" in self.config:
+            raise UserError(f"{path} holds quantised weights (quantization_config in its {CONFIG}). Give the unquantised model.")
+        if (path / INDEX).is_file():
+            placed: dict[str, str] = _json(path / INDEX)["weight_map"]
+            files = sorted(set(placed.values()))
+        elif (path / SINGLE).is_file():
+            placed, files = {}, [SINGLE]
+        else:
+            raise UserError(
+                f"{path} holds neither {SINGLE} nor {INDEX}. Other formats are not read: convert them (save_pretrained of "
+                "transformers writes safetensors)."
+            )
+        self.tensors: dict[str, Stored] = {}
+        for file in files:
+            self.tensors |= _header(path / file)
+        for name, file in placed.items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise UserError(f"{path / INDEX} says that '{name}' is in {file}, which does not hold it. Download it again.")
+        self._open: dict[str, Any] = {}
+
+    @property
+    def model_type(self) -> str:
+        """Of ``config.json``.
+
+        Raises:
+            UserError: it names none.
+        """
+        if "model_type" not in self.config:
+            raise UserError(f"{self.path / CONFIG} has no model_type.")
+        return self.config["model_type"]
+
+    def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
+        """A region of the tensor ``name``, on the CPU, in the dtype of the file."""
+        file = self.tensors[name].file
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.path / file, "pt")
+            return self._open[file].get_slice(name)[region]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.path / file} cannot be read: {error}. Download it again.") from error
+
+
+def find_folder(where: str, setting: str, *, download: bool = True) -> Folder | None:
+    """The Hugging Face folder ``where``, or of the hub's model ``owner/name``; None: a folder that is none (a run's).
+
+    Args:
+        download: a model that is not in the hub's cache is fetched.
+
+    Raises:
+        FolderMissing: it is not there.
+        UserError: see ``Folder``.
+    """
+    path = Path(where).expanduser()
+    if path.is_dir():
+        return Folder(path) if (path / CONFIG).is_file() else None
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", where) and not path.parent.is_dir():
+        return Folder(_of_hub(where, setting, download))
+    return None
+
+
+def _of_hub(name: str, setting: str, download: bool) -> Path:
+    """The snapshot of a model in the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.safetensors", INDEX, CONFIG, *SMALL_FILES]
+    missing = f"{setting} = {name}: no such folder here, and the hub's cache has no such model"
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        if not download:
+            raise FolderMissing(f"{missing}.") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise FolderMissing(
+            f"{missing}; fetching it failed ({type(error).__name__}: {str(error).splitlines()[0]}). Where there is a network, "
+            f"run `hf download {name}`; then give the folder, or HF_HOME."
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    """What a safetensors file holds: 8 bytes with the length of a JSON header, the header, the tensors' bytes."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing, which {path.with_name(INDEX)} names. Download it again.")
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if path.stat().st_size != end:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes instead of {end:,}")
+        stored = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"'{name}' has the dtype {entry['dtype']}")
+            stored[name] = Stored(path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise UserError(f"{path} is damaged: {error}. Download it again.") from error
+    return stored
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------------------
+
+
+def plan_files(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
+    """``{file: its tensors}``, as transformers deals them: in their order, a new file where ``most`` bytes would be exceeded; a
+    tensor that exceeds them alone gets a file of its own.
+
+    Args:
+        sizes: bytes of every tensor.
+    """
+    files: list[list[str]] = []
+    here: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if size > most:
+            files.append([name])
+            continue
+        if held + size > most:
+            files.append(here)
+            here, held = [], 0
+        here.append(name)
+        held += size
+    if here:
+        files.append(here)
+    if len(files) == 1:
+        return {SINGLE: files[0]}
+    return {f"model-{at:05d}-of-{len(files):05d}.safetensors": names for at, names in enumerate(files, 1)}
+
+
+def write_folder(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], make: Callable[[str], Tensor], most: int
+) -> None:
+    """Write the weights of a folder, one tensor in memory at a time.
+
+    Args:
+        tensors: dtype and shape of every one.
+        make: ``make(name)``: its values, on the CPU.
+        most: bytes of a file.
+    """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
+    files = plan_files(sizes, most)
+    for file, names in files.items():
+        _write_file(path / file, {name: tensors[name] for name in names}, make)
+    if len(files) > 1:
+        total = {"total_parameters": sum(math.prod(shape) for _, shape in tensors.values()), "total_size": sum(sizes.values())}
+        placed = {name: file for file, names in files.items() for name in names}
+        write_json(path / INDEX, {"metadata": total, "weight_map": dict(sorted(placed.items()))})
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], make: Callable[[str], Tensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    # the widest first, as the library itself writes them: every tensor is then aligned to its dtype
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    for name in order:
+        dtype, shape = tensors[name]
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            dtype, shape = tensors[name]
+            values = make(name)
+            assert tuple(values.shape) == shape and values.device.type == "cpu"
+            file.write(_bytes(values.to(dtype)))
+    os.replace(temporary, path)
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def small_files(path: Path) -> Iterable[Path]:
+    """The files of a folder beside its weights and ``config.json``."""
+    return (path / name for name in SMALL_FILES if (path / name).is_file())
