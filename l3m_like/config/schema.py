@@ -392,6 +392,15 @@ class Lora:
 
 
 @dataclass(kw_only=True)
+class Mup:
+    """Maximal update parametrisation; see [training_modes.md](training_modes.md)."""
+
+    base_width: int = setting(doc="Width (`dim`) of the model on which lr and the initial deviations were found.", at_least=1)
+    width: int = setting(doc="Width of this model (`${dim}`).", at_least=1)
+    base_head_dim: int | None = setting(None, "Width of that model's heads. null: heads are as wide at every width.", at_least=1)
+
+
+@dataclass(kw_only=True)
 class Guard:
     """What happens on a step with a NaN or a spike; its update is always skipped, on all ranks."""
 

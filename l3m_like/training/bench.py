@@ -343,6 +343,7 @@ class PlainLoop:
             "parallel.precision=fp32": cfg.parallel.precision == "fp32",
             "parallel.checkpoint=none": cfg.parallel.checkpoint == "none",
             "no updates and no optim.groups": not cfg.updates and not cfg.optim.groups and not cfg.optim.no_decay,
+            "neither lora nor mup": cfg.lora is None and cfg.mup is None,
             "one model and one loss": isinstance(model, MetaModel) and len(losses) == 1,
         }
         for what, holds in covered.items():

@@ -8,12 +8,15 @@ from torch import nn
 from l3m_like.config.run_config import RunConfig
 from l3m_like.core.meta_model import as_model
 from l3m_like.training.lora import add_adapters
+from l3m_like.training.mup import use_mup
 
 
 def build_model(cfg: RunConfig) -> nn.Module:
-    """The `model` section, with the adapters of `lora`."""
+    """The `model` section, with the factors of `mup` and the adapters of `lora`."""
     with torch.device("meta"):
         model = as_model(cfg.instantiate("model"))
+    if cfg.mup is not None:
+        use_mup(model, cfg.mup)
     if cfg.lora is not None:
         add_adapters(model, cfg.lora)
     return model

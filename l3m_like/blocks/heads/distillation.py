@@ -46,7 +46,7 @@ class TeacherHead(LanguageModelHead):
 
     def compute(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         weight = self.proj.weight
-        hidden = self.norm(hidden).to(weight.dtype)
+        hidden = self.normed(hidden)
         if self.top_k is not None:
             return linear_top_k(hidden, weight, self.top_k)
         # a copy: FSDP frees the gathered matrix when the teacher's forward is over, before the student's head reads it
@@ -105,7 +105,7 @@ class DistillationHead(LanguageModelHead):
         if "divergence" not in outputs:
             return out
         weight = self.proj.weight
-        hidden = self.norm(hidden).to(weight.dtype)
+        hidden = self.normed(hidden)
         if targets is None:
             raise UserError(f"DistillationHead writes divergence, which needs the key '{self.reads['targets']}'.")
         if teacher_features is not None and teacher_vocabulary is not None:

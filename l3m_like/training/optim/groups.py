@@ -34,11 +34,13 @@ def parameter_groups(
     weight_decay: float,
     groups: Mapping[str, Mapping[str, Any]] | None = None,
     no_decay: Sequence[str] = (),
+    factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: disjoint, complete, each pattern matching something.
 
     Matrices decay; parameters with fewer than two dimensions (norms, biases) and those that ``no_decay`` names do not.
-    A named group overrides both with its own ``lr_scale`` and ``weight_decay``.
+    A named group overrides both with its own ``lr_scale`` and ``weight_decay``. ``factors`` (muP) multiply a parameter's rate,
+    and divide its decay, so that what a step takes off the weight stays.
     """
     owner: dict[str, str] = {}
     settings: dict[str, Mapping[str, Any]] = {}
@@ -54,7 +56,9 @@ def parameter_groups(
         group = settings.get(owner.get(name, ""), {})
         decay = 0.0 if parameter.ndim < 2 or name in exempt else weight_decay
         decay = decay if group.get("weight_decay") is None else float(group["weight_decay"])
-        rate = lr * float(group.get("lr_scale") or 1.0)
+        factor = (factors or {}).get(name, 1.0)
+        decay /= factor
+        rate = lr * float(group.get("lr_scale") or 1.0) * factor
         row = made.setdefault((rate, decay), {"params": [], "names": [], "lr": rate, "peak_lr": rate, "weight_decay": decay})
         row["params"].append(parameter)
         row["names"].append(name)
