@@ -30,9 +30,12 @@ PARAMETERS = {
     "qwen3_1.7b": 1_720_574_976,
     "qwen3_30b_a3b": 30_532_122_624,
     "qwen3_8b": 8_190_735_360,
+    "sit_b2": 130_315_808,
+    "sit_l2": 457_840_672,
+    "sit_s2": 32_865_056,
     "sit_xl2": 674_834_720,
 }
-MOST_LINES = {"llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25}
+MOST_LINES = {"llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "sft": 15}
 
 
 def name_of(path: Path) -> str:

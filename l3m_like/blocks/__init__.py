@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy(
         "trunks.dit": ["DiT"],
         "postprocessors.multi_token": ["MultiTokenPrediction"],
         "heads.language_model": ["LanguageModelHead"],
+        "heads.distillation": ["TeacherHead", "DistillationHead"],
         "heads.pixels": ["PatchDecode"],
     },
 )

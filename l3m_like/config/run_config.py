@@ -36,6 +36,8 @@ from l3m_like.config.schema import (
     Kernels,
     Launcher,
     Log,
+    Lora,
+    Mup,
     Optim,
     Parallel,
     Run,
@@ -73,6 +75,8 @@ class RunConfig:
     evals: dict[str, Eval] = setting({}, "Named evaluations.")
     sample: dict[str, Any] | None = setting(None, "The sampler that run/sample.py uses. null: none.")
     init: Init | None = setting(None, "Weights to start from. null: random ones.")
+    lora: Lora | None = setting(None, "Train low-rank adapters instead of the model. null: train the model.")
+    mup: Mup | None = setting(None, "Scale initial weights and learning rates with the width. null: as they are given.")
     keep: list[str] = setting([], "Keys that stay in the data_dict to its end (others go after their last reader).")
     guard: Guard = setting(Guard, "NaN and spikes.")
     run: Run = setting(Run, "Where the run lives.")

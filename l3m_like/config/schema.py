@@ -379,6 +379,28 @@ class Init:
 
 
 @dataclass(kw_only=True)
+class Lora:
+    """Low-rank adapters beside frozen linear layers; see [training_modes.md](training_modes.md)."""
+
+    layers: list[str] = setting(doc="Glob patterns over paths of linear layers (`*.q_proj`) that get one.")
+    rank: int = setting(8, "Of the adapters.", at_least=1)
+    alpha: float = setting(16.0, "The adapters' factor is alpha / rank.", above=0)
+    rank_stabilized: bool = setting(False, "The factor is alpha / sqrt(rank) instead.")
+    dropout: float = setting(0.0, "Probability, on the adapters' inputs.", at_least=0, at_most=1)
+    train: list[str] = setting([], "Glob patterns of further parameters that are trained; everything else is frozen.")
+    random_weights: bool = setting(False, "Accept that no weights are loaded into the frozen model (tests).")
+
+
+@dataclass(kw_only=True)
+class Mup:
+    """Maximal update parametrisation; see [training_modes.md](training_modes.md)."""
+
+    base_width: int = setting(doc="Width (`dim`) of the model on which lr and the initial deviations were found.", at_least=1)
+    width: int = setting(doc="Width of this model (`${dim}`).", at_least=1)
+    base_head_dim: int | None = setting(None, "Width of that model's heads. null: heads are as wide at every width.", at_least=1)
+
+
+@dataclass(kw_only=True)
 class Guard:
     """What happens on a step with a NaN or a spike; its update is always skipped, on all ranks."""
 

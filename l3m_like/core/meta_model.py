@@ -86,7 +86,10 @@ class MetaModel(nn.Module):
         return walk(self)
 
     def retie(self) -> None:
-        """Make the tied parameters one tensor again (``to_empty`` and sharding part them)."""
+        """Make the tied parameters one tensor again (``to_empty`` and sharding part them), those of models inside too."""
+        for module in self.modules():
+            if isinstance(module, MetaModel) and module is not self:
+                module.retie()
         for target, source in self.tie.items():
             parameter = self._parameter(source)
             owner, _, leaf = target.rpartition(".")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from l3m_like.core.errors import UserError, did_you_mean
@@ -108,7 +110,8 @@ def apply_tensor_parallel(part: MetaModel, mesh: Mesh) -> None:
                 planned.add(where)
             if (torch_style := TP_STYLES[style]) is not None:
                 _check_divides(target, style, where, mesh.size("tp"))
-                parallelize_module(module, mesh["tp"], {name: torch_style()})
+                with _own_cuts(target, style, mesh):
+                    parallelize_module(module, mesh["tp"], {name: torch_style()})
             elif style == "summed":
                 leaves = [f"{name}.{leaf}" for leaf, _ in target.named_parameters()] if isinstance(target, nn.Module) else [name]
                 module.tp_summed = (*getattr(module, "tp_summed", ()), *leaves)  # read by distributed/gradients.py
@@ -120,6 +123,18 @@ def apply_tensor_parallel(part: MetaModel, mesh: Mesh) -> None:
                 f"tensor parallel: {left[0]} (of {unit_path}) is in no tp_plan. Name every parameter of the unit: "
                 "'colwise', 'rowwise', 'replicated', or 'summed' if its gradient is a part of the sum on each tp rank."
             )
+
+
+@contextmanager
+def _own_cuts(layer: Any, style: str, mesh: Mesh) -> Iterator[None]:
+    """Torch cuts all parameters of a linear layer in one way; those that the layer's ``tp_cuts`` names are cut as it says."""
+    cuts: dict[str, int | None] = layer.tp_cuts(style) if hasattr(layer, "tp_cuts") else {}
+    held = {name: layer._parameters.pop(name) for name in cuts}
+    yield
+    for name, dim in cuts.items():
+        whole, placement = held[name], Replicate() if dim is None else Shard(dim)
+        cut = distribute_tensor(whole, mesh["tp"], [placement])
+        layer.register_parameter(name, nn.Parameter(cut, requires_grad=whole.requires_grad))
 
 
 def _resolve(module: nn.Module, name: str, path: str) -> nn.Module | nn.Parameter:

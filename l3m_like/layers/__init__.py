@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy(
         "embedding": ["TimeEmbed"],
         "latent_attention": ["LatentAttention"],
         "linear": ["joint_linear"],
+        "lora": ["LoRALinear"],
         "masks": ["AttentionMask", "LayerMasks", "choose_backend", "lower", "attended_pairs"],
         "mlp": ["MLP", "SwiGLU"],
         "modulation": ["Modulation"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -63,8 +64,12 @@ class Attention(nn.Module):
         self.window = window
         self.norm_eps = norm_eps
         self.rope_backend = selected("rope")
+        #: of queries, on top of 1 / sqrt(K); see ``set_base_head_dim``
+        self.query_factor = 1.0
         #: of the four projections; a DiT layer sets Xavier here
         self.weight_init: Init = Normal(0.02)
+        #: of the output projection (None: the same); see ``depth_scaled_init`` of the trunk
+        self.out_init: Init | None = None
         width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(dim, width, bias=bias)
         self.k_proj = nn.Linear(dim, kv_width, bias=bias)
@@ -88,9 +93,15 @@ class Attention(nn.Module):
         cos, sin = (None, None) if rope is None else rope
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
         q, k = qk_norm_rope(q, k, cos, sin, q_weight, k_weight, self.norm_eps, backend=self.rope_backend)
+        if self.query_factor != 1:
+            q = q * self.query_factor
         if cache is not None:
             k, v = cache.append(k, v)
         return self.out_proj(attention(q, k, v, mask).flatten(2))
+
+    def set_base_head_dim(self, base: int) -> None:
+        """Divide scores by K instead of sqrt(K), with the scores of heads of width ``base`` as they were (muP)."""
+        self.query_factor = math.sqrt(base / self.head_dim)
 
     def make_cache(self, max_len: int, dtype: torch.dtype | None = None) -> LayerCache:
         """An empty cache for ``max_len`` tokens per row; ``dtype`` None: that of the keys."""
@@ -119,7 +130,7 @@ class Attention(nn.Module):
             # the reference draws query, key and value as one fused matrix
             inner = replace(inner, fan_in=self.dim, fan_out=(self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
         spec: dict[str, Init] = {f"{name}.weight": inner for name in ("q_proj", "k_proj", "v_proj")}
-        spec["out_proj.weight"] = self.weight_init
+        spec["out_proj.weight"] = self.out_init or self.weight_init
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             if getattr(self, name).bias is not None:
                 spec[f"{name}.bias"] = Zeros()

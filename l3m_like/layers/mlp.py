@@ -33,6 +33,7 @@ class SwiGLU(nn.Module):
         self.hidden_dim = hidden_dim
         self.backend = selected("swiglu")
         self.weight_init: Init = Normal(0.02)
+        self.out_init: Init | None = None  # of `down` (None: the same)
         self.gate = nn.Linear(dim, hidden_dim, bias=False)
         self.up = nn.Linear(dim, hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
@@ -48,7 +49,7 @@ class SwiGLU(nn.Module):
         return {"gate": "colwise", "up": "colwise", "down": "rowwise"}
 
     def init_spec(self) -> dict[str, Init]:
-        return {f"{name}.weight": self.weight_init for name in ("gate", "up", "down")}
+        return {f"{name}.weight": self.weight_init for name in ("gate", "up")} | {"down.weight": self.out_init or self.weight_init}
 
 
 class MLP(nn.Module):
@@ -74,6 +75,7 @@ class MLP(nn.Module):
             raise UserError(f"MLP: the hidden width must be at least 1, got {self.hidden_dim} (dim {dim}, ratio {ratio}).")
         self.activation = ACTIVATIONS[activation]
         self.weight_init: Init = Normal(0.02)
+        self.out_init: Init | None = None  # of `down` (None: the same)
         self.up = nn.Linear(dim, self.hidden_dim, bias=bias)
         self.down = nn.Linear(self.hidden_dim, dim, bias=bias)
 
@@ -88,5 +90,5 @@ class MLP(nn.Module):
         return plan if self.down.bias is None else plan | {"down.bias": "replicated"}
 
     def init_spec(self) -> dict[str, Init]:
-        spec: dict[str, Init] = {f"{name}.weight": self.weight_init for name in ("up", "down")}
+        spec: dict[str, Init] = {"up.weight": self.weight_init, "down.weight": self.out_init or self.weight_init}
         return spec if self.up.bias is None else spec | {"up.bias": Zeros(), "down.bias": Zeros()}

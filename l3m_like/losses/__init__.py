@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = lazy(
         "multi_token": ["AheadNLL"],
         "flow": ["FlowMatching"],
         "router": ["LoadBalance", "RowLoadBalance", "RouterZ", "LoadViolation"],
+        "distillation": ["Distillation"],
     },
 )

@@ -20,11 +20,12 @@ class TokenNLL(Loss):
     def compute(self, nll: Tensor, targets: Tensor, only: Tensor | None = None) -> Tensor:
         nll = nll.to(torch.promote_types(nll.dtype, torch.float32))
         # a plain sum: its gradient is one number for all tokens, which the linear cross-entropy makes use of
-        return nll.sum() if only is None else torch.where(_counted(targets, only), nll, 0).sum()
+        return nll.sum() if only is None else torch.where(counted(targets, only), nll, 0).sum()
 
     def count(self, targets: Tensor, only: Tensor | None = None) -> Tensor:
-        return _counted(targets, only).sum()
+        return counted(targets, only).sum()
 
 
-def _counted(targets: Tensor, only: Tensor | None) -> Tensor:
+def counted(targets: Tensor, only: Tensor | None) -> Tensor:
+    """Where a token counts: it has a target, and is one of ``only``."""
     return targets != IGNORE if only is None else (targets != IGNORE) & only

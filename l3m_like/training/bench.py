@@ -29,6 +29,7 @@ from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import MetaModel
 from l3m_like.data.loader import Loader, Step
 from l3m_like.distributed.mesh import Mesh, broadcast_object, build_mesh
+from l3m_like.training.build import build_model
 from l3m_like.training.control import Upcoming
 from l3m_like.training.flops import FORMULA, StepFlops, peak_flops
 from l3m_like.training.init import initialize, materialize
@@ -336,12 +337,13 @@ class PlainLoop:
 
     def __init__(self, cfg: RunConfig, mesh: Mesh, path: Path) -> None:
         with torch.device("meta"):
-            model, losses = cfg.instantiate("model"), cfg.instantiate("loss")
+            model, losses = build_model(cfg), cfg.instantiate("loss")
         covered = {
             "one process": mesh.world_size == 1,
             "parallel.precision=fp32": cfg.parallel.precision == "fp32",
             "parallel.checkpoint=none": cfg.parallel.checkpoint == "none",
             "no updates and no optim.groups": not cfg.updates and not cfg.optim.groups and not cfg.optim.no_decay,
+            "neither lora nor mup": cfg.lora is None and cfg.mup is None,
             "one model and one loss": isinstance(model, MetaModel) and len(losses) == 1,
         }
         for what, holds in covered.items():

@@ -57,6 +57,12 @@ def init_specs(root: nn.Module) -> dict[str, Init]:
         own = declared() if declared is not None else DEFAULTS.get(type(module), lambda _: {})(module)
         for name, spec in own.items():
             specs[f"{path}.{name}" if path else name] = spec
+    for path, module in root.named_modules():
+        for leaf, ratio in getattr(module, "width_ratios", {}).items():  # set by mup.py
+            name = f"{path}.{leaf}" if path else leaf
+            spec = specs.get(name)
+            if isinstance(spec, Normal):  # the others know their matrix's width themselves
+                specs[name] = Normal(spec.std / math.sqrt(ratio))
     names = {name for name, _ in root.named_parameters(remove_duplicate=False)}
     for name in sorted(names - set(specs)):
         owner, _, leaf = name.rpartition(".")

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from l3m_like.config import targets
 from l3m_like.config.run_config import RunConfig
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.core.meta_model import Graph, as_model
+from l3m_like.core.meta_model import Graph
 from l3m_like.core.wiring import parts_of
 from l3m_like.distributed.gradients import local
 from l3m_like.distributed.mesh import Mesh
 from l3m_like.distributed.parallelize import DTYPES, parallelize
+from l3m_like.training.build import build_model
 from l3m_like.training.checkpoint import Checkpointer, DamagedCheckpoint, load_full, whole_steps
 from l3m_like.training.init import init_specs, initialize, materialize
 from l3m_like.training.start_from import load_weights
@@ -115,8 +116,7 @@ def load(
         raise UserError(f"load: dtype {dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in PRECISIONS)}.")
 
     # ---- the model, empty ----------------------------------------------------------------------------------------
-    with torch.device("meta"):
-        model = as_model(cfg.instantiate("model"))
+    model = build_model(cfg)
     if cfg.parallel.precision == "fp64":
         model.double()
     saved_dtypes = {name: tensor.dtype for name, tensor in _tensors(model).items()}

@@ -19,6 +19,7 @@ from l3m_like.pretrained.families import family
 from l3m_like.pretrained.folder import Folder, find_folder
 from l3m_like.training.checkpoint import Checkpointer
 from l3m_like.training.hugging_face import Fit, fit
+from l3m_like.training.lora import adapter_names
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,10 @@ class Start:
         tensors = {name: t for name, t in tensors.items() if not name.startswith(tuple(f"{path}." for path in self.without))}
         left: list[str] = []
         with contextlib.closing(Checkpointer(folder)) as checkpointer:
+            stored = checkpointer.names(step)
+            begin_here = {name for name in adapter_names(self.module) if f"model/{name}" not in stored}
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in begin_here}
             if not self.strict:
-                stored = checkpointer.names(step)
                 left = [f"it holds no '{name}'." for name in tensors if f"model/{name}" not in stored]
                 tensors = {name: tensor for name, tensor in tensors.items() if f"model/{name}" in stored}
                 if not tensors:

@@ -26,7 +26,7 @@ from l3m_like.config import RunConfig, start_run
 from l3m_like.config.strict import to_plain
 from l3m_like.core.diagram import Diagram
 from l3m_like.core.errors import Stopped, UserError
-from l3m_like.core.meta_model import MetaModel, as_model
+from l3m_like.core.meta_model import MetaModel
 from l3m_like.core.wiring import Trace, Wiring, check_wiring, parts_of
 from l3m_like.data.lanes import check_lanes, default_lanes
 from l3m_like.data.loader import Loader
@@ -35,12 +35,14 @@ from l3m_like.distributed.gradients import set_gradient_sync
 from l3m_like.distributed.mesh import build_mesh, gather_objects
 from l3m_like.distributed.parallelize import parallelize
 from l3m_like.kernels.select import in_use
+from l3m_like.training.build import build_model
 from l3m_like.training.checkpoint import Checkpointer
 from l3m_like.training.control import Signals, fetch, seed_streams
 from l3m_like.training.debug import Debug
 from l3m_like.training.evaluate import Evaluations, to_device
 from l3m_like.training.flops import StepFlops, peak_flops
 from l3m_like.training.init import init_specs, initialize, materialize, random_weights
+from l3m_like.training.lora import none_bypassed, refuse_random_base
 from l3m_like.training.optim import EMA, Guard
 from l3m_like.training.record import StepRecord, flush, watch_bad_samples, watch_bad_steps
 from l3m_like.training.report import Reporter
@@ -78,12 +80,14 @@ class Plan:
 
 def plan(cfg: RunConfig, dp_size: int) -> Plan:
     """Instantiate and check everything that needs no weights. ``--check`` prints what comes back; ``train`` trains it."""
+    model = build_model(cfg)
     with torch.device("meta"):
-        model, losses = as_model(cfg.instantiate("model")), cfg.instantiate("loss")
+        losses = cfg.instantiate("loss")
     parts = parts_of(model)
     refuse_state(losses)
     if cfg.init is None and cfg.checkpoint.resume in ("auto", "never"):
         random_weights(parts.values())  # a frozen part that nothing would be loaded into
+    refuse_random_base(cfg)
     check_lanes(cfg.batch.global_, cfg.batch.micro or 1, dp_size, cfg.data.lanes or default_lanes(cfg.batch.global_))
     updates = plan_updates(cfg, parts, losses)
     rows = cfg.batch.global_ // dp_size
@@ -98,7 +102,8 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
         later = dict.fromkeys(key for other in updates[number + 1 :] for key in wiring.carried[other.name])
         update.keep = tuple(key for key in later if key in written)
     refuse_gaps(updates, wiring.carried)
-    trace = Trace(wiring, micro_rows)
+    with none_bypassed(model):
+        trace = Trace(wiring, micro_rows)
     if cfg.tokens is not None and dataset.unit != "tokens":
         raise UserError(f"tokens: {cfg.tokens}: this data is counted in {dataset.unit}. Give `steps` or `epochs` instead.")
     steps = cfg.steps if cfg.tokens is None else -(-cfg.tokens // (cfg.batch.global_ * dataset.pack.units_per_row))

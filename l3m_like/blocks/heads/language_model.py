@@ -37,12 +37,14 @@ class LanguageModelHead(ReadWriteBlock):
     def __init__(self, vocab_size: int, dim: int, norm_eps: float = 1e-6, **ports: Any) -> None:
         super().__init__(**ports)
         self.backend = check_backend(selected("linear_cross_entropy"))
+        #: of what the output matrix is multiplied with; see ``set_output_factor``
+        self.output_factor = 1.0
         self.norm = RMSNorm(dim, eps=norm_eps)
         self.proj = nn.Linear(dim, vocab_size, bias=False)
 
     def compute(self, hidden: Tensor, targets: Tensor | None = None, *, outputs: Sequence[str]) -> dict[str, Tensor]:
         weight = self.proj.weight  # never self.proj(...): the matrix may be the embedding's
-        hidden = self.norm(hidden).to(weight.dtype)
+        hidden = self.normed(hidden)
         out: dict[str, Tensor] = {}
         if "logits" in outputs:
             out["logits"] = F.linear(hidden, weight)
@@ -51,6 +53,15 @@ class LanguageModelHead(ReadWriteBlock):
                 raise UserError(f"LanguageModelHead writes nll, which needs the key '{self.reads['targets']}'.")
             out["nll"] = linear_cross_entropy(hidden, weight, targets, backend=self.backend)
         return out
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the output matrix is multiplied with, in its dtype."""
+        hidden = self.norm(hidden).to(self.proj.weight.dtype)
+        return hidden if self.output_factor == 1 else hidden * self.output_factor
+
+    def set_output_factor(self, factor: float) -> None:
+        """Multiply logits by ``factor`` (muP)."""
+        self.output_factor = factor
 
     def flops(self, hidden: Tensor, targets: Tensor | None = None) -> int:
         return 2 * hidden.shape[0] * hidden.shape[1] * self.proj.in_features * self.proj.out_features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.core.init import Normal
 from l3m_like.layers.cache import StaticCache
 from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind
 from l3m_like.layers.moe import RouterLoads
@@ -38,6 +40,8 @@ class Transformer(ReadWriteBlock):
         mask: "causal", "full" or "prefix".
         pattern: names of ``layer``, one per layer; a shorter pattern that divides ``num_layers`` is repeated. Or
             ``{name: how many}``, one kind after the other; null is what is left: ``{dense: 3, experts: null}``.
+        depth_scaled_init: draw the matrices that write to the residual stream with a deviation smaller by sqrt(2 num_layers), so
+            that it does not grow with the depth (Radford et al., "Language Models are Unsupervised Multitask Learners", 2.3).
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
@@ -53,6 +57,7 @@ class Transformer(ReadWriteBlock):
         rope: Rope | None = None,
         mask: str = "causal",
         pattern: Sequence[str] | Mapping[str, int | None] | None = None,
+        depth_scaled_init: bool = False,
         **ports: Any,
     ) -> None:
         super().__init__(**ports)
@@ -70,6 +75,11 @@ class Transformer(ReadWriteBlock):
         if not self.router_loads.routers and any(port in self.writes for port in ROUTING):
             raise UserError("Transformer: `writes` names what routers did, but no layer has experts (mlp: l3m_like.layers.MoE).")
         mixers = [unit.mixer for unit in units]
+        for branch in (branch for unit in units if depth_scaled_init for branch in (unit.mixer, unit.mlp)):
+            drawn = getattr(branch, "weight_init", None)
+            if not isinstance(drawn, Normal) or not hasattr(branch, "out_init"):
+                raise UserError(f"Transformer: depth_scaled_init is not built for {type(branch).__name__}; leave it out.")
+            branch.out_init = Normal(drawn.std / math.sqrt(2 * num_layers))
         for mixer in mixers:
             name = "rope_dim" if hasattr(mixer, "rope_dim") else "head_dim"  # of those that rotate a part of a head
             width = getattr(mixer, name, None)

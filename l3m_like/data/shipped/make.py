@@ -40,6 +40,8 @@ DOCUMENT_BYTES = 2500  # a document is closed at the paragraph that brings it ab
 SHORTEST_BYTES = 900  # a shorter rest of a scene joins the document before it
 HELDOUT_SCENE_EVERY = 20  # of the scenes of all works, numbered from 0, every 20th is held out, whole
 SONNETS_PER_SCENE = 3
+DIALOGUE_SPEECHES = 4  # at most, of two speakers by turns; an even number, so that the second has the last word
+SPEECH_BYTES = 110  # a longer speech ends a dialogue
 
 
 # ---- images ------------------------------------------------------------------------------------------------------------
@@ -169,6 +171,42 @@ def make_text(source: Path, out: Path) -> None:
                 number += 1
 
 
+def speeches(text: str) -> Iterator[tuple[str, str] | None]:
+    """``(speaker, what he says in one line)`` of a document's paragraphs; None where no one speaks, or for too long."""
+    for block in text.strip("\n").split("\n\n"):
+        head, _, body = block.partition("\n")
+        said = " ".join(re.sub(r"\[[^\]]*\]", "", body).split())
+        spoken = head.endswith(":") and head.isupper() and said and len(said.encode()) <= SPEECH_BYTES and "[" not in said
+        yield (head[:-1], said) if spoken else None
+
+
+def dialogues(text: str) -> Iterator[tuple[str, list[str]]]:
+    """``(who answers, speeches of two speakers by turns)``, an even number of them."""
+    run: list[tuple[str, str]] = []
+    for speech in [*speeches(text), None]:
+        turn = run[len(run) % 2][0] if len(run) > 1 else None
+        if speech is not None and (not run or speech[0] == turn or (len(run) == 1 and speech[0] != run[0][0])):
+            run.append(speech)
+            if len(run) < DIALOGUE_SPEECHES:
+                continue
+            speech = None
+        if len(run) > 1:
+            yield run[1][0], [said for _, said in run[: len(run) // 2 * 2]]
+        run = [speech] if speech is not None else []
+
+
+def make_dialogues(texts: Path, out: Path) -> None:
+    """Conversations of the shipped plays, in the form of chats; the splits are those of the texts."""
+    with out.open("w", encoding="utf-8", newline="\n") as lines:
+        for line in texts.read_text(encoding="utf-8").splitlines():
+            document = json.loads(line)
+            for number, (name, said) in enumerate(dialogues(document["text"])):
+                turns = [{"role": ("user", "assistant")[place % 2], "content": speech} for place, speech in enumerate(said)]
+                messages = [{"role": "system", "content": f"You are {name.title()}."}, *turns]
+                record = {"id": f"{document['id']}/{number}", "split": document["split"], "messages": messages}
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
 def find(folder: Path, name: str) -> Path:
     found = sorted(folder.rglob(name))
     if not found:
@@ -184,3 +222,4 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     make_images(arguments.fashion_mnist, arguments.out / "fashion_mnist.tar.gz")
     make_text(arguments.shakespeare, arguments.out / "shakespeare.jsonl")
+    make_dialogues(arguments.out / "shakespeare.jsonl", arguments.out / "dialogues.jsonl")

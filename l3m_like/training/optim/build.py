@@ -15,6 +15,7 @@ from l3m_like.training.optim.adamw import AdamW
 from l3m_like.training.optim.groups import parameter_groups
 from l3m_like.training.optim.muon import Muon
 from l3m_like.training.optim.routing import Route, listing, routes
+from l3m_like.training.optim.width import muon_factor, width_ratios
 
 
 class Optimizer(Protocol):
@@ -58,10 +59,11 @@ def build_optimizer(
     parameters: Mapping[str, nn.Parameter], parts: Mapping[str, MetaModel], optim: Optim, mesh: Mesh, precision: str
 ) -> Optimizer:
     """The optimizer of ``parameters`` (sharded, with memory), with its state; ``parts`` hold the layers that they are of."""
+    ratios = width_ratios(parts)
     if optim.muon is None:
-        return AdamW(groups_of(parameters, optim, optim.lr), betas=optim.betas, eps=optim.eps)
+        return AdamW(groups_of(parameters, optim, optim.lr, {n: 1 / m for n, m in ratios.items()}), betas=optim.betas, eps=optim.eps)
     made = routes(parameters, parts, optim.muon)
-    groups, rest = muon_groups(parameters, made, optim)
+    groups, rest = muon_groups(parameters, made, optim, ratios)
     splits = {route.name: route.split for route in made}
     muon = Muon(groups, splits, optim.muon, mesh, muon_dtype(groups, mesh.device, precision))
     if mesh.is_main:
@@ -69,21 +71,31 @@ def build_optimizer(
     return Pair(muon, AdamW(rest, betas=optim.betas, eps=optim.eps)) if rest else muon
 
 
-def groups_of(parameters: Mapping[str, nn.Parameter], optim: Optim, lr: float) -> list[dict[str, Any]]:
-    """The groups of all of ``parameters`` at the peak rate ``lr``."""
+def groups_of(
+    parameters: Mapping[str, nn.Parameter], optim: Optim, lr: float, factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """The groups of all of ``parameters`` at the peak rate ``lr``, times ``factors`` by name."""
     return parameter_groups(
-        parameters, lr=lr, weight_decay=optim.weight_decay, groups=optim.groups, no_decay=optim.no_decay or ()
+        parameters,
+        lr=lr,
+        weight_decay=optim.weight_decay,
+        groups=optim.groups,
+        no_decay=optim.no_decay or (),
+        factors=factors,
     )
 
 
 def muon_groups(
-    parameters: Mapping[str, nn.Parameter], made: list[Route], optim: Optim
+    parameters: Mapping[str, nn.Parameter], made: list[Route], optim: Optim, ratios: Mapping[str, float] | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The groups of Muon and those of AdamW."""
+    """The groups of Muon and those of AdamW; ``ratios`` of widths as ``width_ratios`` has them."""
     assert optim.muon is not None
+    ratios = ratios or {}
+    factors = {name: muon_factor(ratio, optim.muon.scale) for name, ratio in ratios.items()}
     adamw_lr = optim.lr if optim.muon.adamw_lr is None else optim.muon.adamw_lr
     chosen = {route.name for route in made if route.to == "muon"}
-    halves = groups_of(parameters, optim, optim.lr), groups_of(parameters, optim, adamw_lr)
+    rest = groups_of(parameters, optim, adamw_lr, {name: 1 / ratio for name, ratio in ratios.items()})
+    halves = groups_of(parameters, optim, optim.lr, factors), rest
     return _only(halves[0], chosen), _only(halves[1], set(parameters) - chosen)
 
 

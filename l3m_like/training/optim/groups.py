@@ -11,7 +11,7 @@ from torch import nn
 from l3m_like.core.errors import UserError, did_you_mean
 
 
-def matching(patterns: str | Sequence[str], names: Iterable[str], where: str) -> list[str]:
+def matching(patterns: str | Sequence[str], names: Iterable[str], where: str, kind: str = "parameter") -> list[str]:
     """The ``names`` that a shell-style pattern (``trunk.*.q_proj.weight``) matches; each pattern must match one.
 
     Raises:
@@ -22,7 +22,7 @@ def matching(patterns: str | Sequence[str], names: Iterable[str], where: str) ->
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
-            raise UserError(f"{where}: the pattern '{pattern}' matches no parameter. {did_you_mean(pattern, names)}")
+            raise UserError(f"{where}: the pattern '{pattern}' matches no {kind}. {did_you_mean(pattern, names)}")
         found |= dict.fromkeys(hits)
     return list(found)
 
@@ -34,11 +34,13 @@ def parameter_groups(
     weight_decay: float,
     groups: Mapping[str, Mapping[str, Any]] | None = None,
     no_decay: Sequence[str] = (),
+    factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: disjoint, complete, each pattern matching something.
 
     Matrices decay; parameters with fewer than two dimensions (norms, biases) and those that ``no_decay`` names do not.
-    A named group overrides both with its own ``lr_scale`` and ``weight_decay``.
+    A named group overrides both with its own ``lr_scale`` and ``weight_decay``. ``factors`` (muP) multiply a parameter's rate,
+    and divide its decay, so that what a step takes off the weight stays.
     """
     owner: dict[str, str] = {}
     settings: dict[str, Mapping[str, Any]] = {}
@@ -54,7 +56,9 @@ def parameter_groups(
         group = settings.get(owner.get(name, ""), {})
         decay = 0.0 if parameter.ndim < 2 or name in exempt else weight_decay
         decay = decay if group.get("weight_decay") is None else float(group["weight_decay"])
-        rate = lr * float(group.get("lr_scale") or 1.0)
+        factor = (factors or {}).get(name, 1.0)
+        decay /= factor
+        rate = lr * float(group.get("lr_scale") or 1.0) * factor
         row = made.setdefault((rate, decay), {"params": [], "names": [], "lr": rate, "peak_lr": rate, "weight_decay": decay})
         row["params"].append(parameter)
         row["names"].append(name)

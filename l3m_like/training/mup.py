@@ -1,0 +1,55 @@
+"""Maximal update parametrisation: settings found on a narrow model hold on a wide one (Yang et al., "Tensor Programs V",
+arXiv:2203.03466, table 8).
+
+With m = width / base_width, and everything equal at m = 1:
+
+- hidden matrices are drawn with a standard deviation smaller by sqrt(m), and AdamW's learning rate of them is smaller by m;
+- what a head hands to its output matrix is smaller by m, where embedding and output matrix are drawn and trained as at m = 1;
+- attention divides scores by the head's width instead of its root, where heads get wider.
+
+The weight decay of hidden matrices is larger by m, so that learning rate times decay, which is what a step takes off a weight,
+stays. Muon's updates have a norm of their own: see ``optim/width.py``.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from l3m_like.config.schema import Mup
+from l3m_like.core.errors import UserError
+from l3m_like.core.meta_model import Frozen
+from l3m_like.core.wiring import parts_of
+from l3m_like.training.optim.routing import optim_specs
+
+
+def use_mup(model: nn.Module, settings: Mup) -> None:
+    """Note the ratio m at each hidden matrix (its layer's ``width_ratios``), and tell attention and heads. In place, before
+    sharding; frozen parts stay as they are.
+
+    Raises:
+        UserError: the model has no head that knows its output's factor.
+    """
+    ratio = settings.width / settings.base_width
+    frozen = {id(inner) for part in model.modules() if isinstance(part, Frozen) for inner in part.modules()}
+    outputs = 0
+    for module in model.modules():
+        if id(module) in frozen:
+            continue
+        if hasattr(module, "set_output_factor"):
+            module.set_output_factor(1.0 / ratio)
+            outputs += 1
+        if settings.base_head_dim is not None and hasattr(module, "set_base_head_dim"):
+            module.set_base_head_dim(settings.base_head_dim)
+    if not outputs:
+        raise UserError("mup: this model has no head that scales its output with the width (LanguageModelHead does).")
+    specs = optim_specs(parts_of(model))
+    for path, module in model.named_modules():
+        if id(module) in frozen:
+            continue
+        ratios = {
+            leaf: ratio
+            for leaf, parameter in module.named_parameters(recurse=False)
+            if parameter.ndim > 1 and specs.get(f"{path}.{leaf}".strip("."), (None,))[0] != "adamw"
+        }
+        if ratios:
+            module.width_ratios = ratios  # type: ignore[assignment]  # read by init.py and optim/width.py
