@@ -16,10 +16,13 @@ from l3m_like.training.train import plan
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "experiment"
 EXPERIMENTS = sorted(path for path in CONFIGS.rglob("*.yaml") if "preset" not in path.parts)
 #: those that train on shipped data
-TINY = [path for path in EXPERIMENTS if "shipped:" in path.read_text(encoding="utf-8")]
+TINY = [path for path in EXPERIMENTS if "--config configs/experiment/" in path.read_text(encoding="utf-8")]
 #: published, or (tiny ones) counted by hand in `test_tiny_sizes`
 PARAMETERS = {
     "deepseek_v3": 682_636_472_320,  # 671_026_404_352 and, for multi-token prediction, 11_610_067_968
+    "dllm_qwen3": 608_623_616,
+    "dream_7b": 7_615_616_512,
+    "llada_8b": 8_015_581_184,
     "llama3.2_1b": 1_235_814_400,
     "llama3_70b": 70_553_706_496,
     "llama3_8b": 8_030_261_248,
@@ -35,7 +38,9 @@ PARAMETERS = {
     "sit_s2": 32_865_056,
     "sit_xl2": 674_834_720,
 }
-MOST_LINES = {"llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "sft": 15}
+MOST_LINES = {"llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "sft": 15, "dream_7b": 16}
+#: trained by the slow tests alone
+SLOW = ("block_diffusion",)
 
 
 def name_of(path: Path) -> str:
@@ -45,7 +50,7 @@ def name_of(path: Path) -> str:
 def test_experiments_are_found() -> None:
     names = {path.stem for path in EXPERIMENTS}
     assert {"llm", "sit", *PARAMETERS} <= names
-    assert {path.stem for path in TINY} >= {"llm", "sit"}
+    assert {path.stem for path in TINY} >= {"llm", "sit", "dllm", "block_diffusion"}
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
@@ -87,7 +92,9 @@ def test_header_names_its_own_command(path: Path) -> None:
     assert f"--config configs/experiment/{path.name}" in path.read_text(encoding="utf-8").split("\n\n")[0]
 
 
-@pytest.mark.parametrize("path", TINY, ids=name_of)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=pytest.mark.slow) if path.stem in SLOW else path for path in TINY], ids=name_of
+)
 def test_trains_and_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Three steps, then two more from the checkpoint: the losses are those of five steps in one go."""
     monkeypatch.chdir(tmp_path)

@@ -11,5 +11,6 @@ __getattr__, __dir__, __all__ = lazy(
         "flow": ["FlowMatching"],
         "router": ["LoadBalance", "RowLoadBalance", "RouterZ", "LoadViolation"],
         "distillation": ["Distillation"],
+        "masked_diffusion": ["MaskedDiffusion", "MaskedNLL"],
     },
 )

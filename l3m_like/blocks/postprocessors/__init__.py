@@ -1,1 +1,1 @@
-"""Blocks between trunk and head."""
+"""Blocks between the trunk and the head."""

@@ -28,7 +28,8 @@ class Transformer(ReadWriteBlock):
 
     Reads   tokens [B, S, D]; positions [B, S] int64 (without: 0, 1, 2, ...); document_ids [B, S] int (-1 = padding; without:
             one document per row); cu_seqlens [N + 1] int32, the borders of the documents (without: attention over documents
-            takes a slower way); prefix_lengths [B] int64 (mask "prefix"); cache (generation only)
+            takes a slower way); prefix_lengths [B] int64 (mask "prefix"); stages [B, S] int64 (mask "staged"); cache
+            (generation only; with a staged mask, tokens see all that is in it)
     Writes  hidden [B, S, D]; if `writes` names them, what the routers of the L layers with experts did with every row, without
             padding: router_load [L, B, E], tokens per expert; router_probability [L, B, E], their summed scores; router_z [L, B]
 
@@ -37,7 +38,7 @@ class Transformer(ReadWriteBlock):
         num_layers: number of layers.
         layer: ``layer(dim)`` makes one; or a named dict of such, with ``pattern``.
         rope: rotary positions, or None.
-        mask: "causal", "full" or "prefix".
+        mask: "causal", "full", "prefix" or "staged" (see ``layers/masks.py``).
         pattern: names of ``layer``, one per layer; a shorter pattern that divides ``num_layers`` is repeated. Or
             ``{name: how many}``, one kind after the other; null is what is left: ``{dense: 3, experts: null}``.
         depth_scaled_init: draw the matrices that write to the residual stream with a deviation smaller by sqrt(2 num_layers), so
@@ -96,19 +97,22 @@ class Transformer(ReadWriteBlock):
         cu_seqlens: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
+        stages: Tensor | None = None,
         *,
         outputs: Sequence[str] = (),
     ) -> Tensor | dict[str, Tensor]:
         """hidden; called with ``outputs``, a dict of them."""
         batch, length = tokens.shape[:2]
-        start, kv_ids = 0, None
+        start, kv_ids, kind = 0, None, self.mask
         if cache is not None:
             cache.reserve(batch, length)
             start, kv_ids = cache.length, cache.write_documents(document_ids, length)
         if positions is None:
             positions = torch.arange(start, start + length, device=tokens.device)
         rope = self.rope(positions, tokens.dtype) if self.rope is not None else None
-        mask = AttentionMask(self.mask, document_ids, kv_ids, prefix_lengths, start, cu_seqlens)
+        if kind == "staged" and start > 0:  # behind clean blocks that are finished: one more block, which sees all of them
+            kind, stages = "full", None
+        mask = AttentionMask(kind, document_ids, kv_ids, prefix_lengths, start, cu_seqlens, stages=stages)
         masks = LayerMasks(mask, length, start + length, tokens, self.attention_used if cache is None else None)
         valid = None if document_ids is None else document_ids >= 0
         routings = []
@@ -150,16 +154,20 @@ class Transformer(ReadWriteBlock):
         cu_seqlens: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
+        stages: Tensor | None = None,
     ) -> int:
         batch, length = tokens.shape[:2]
         start = cache.length if cache is not None else 0
         # the extra pairs of a prefix are not known without reading the lengths
         kind = "full" if self.mask == "full" else "causal"
+        # a staged row is two copies of a text, of which every place sees the clean one up to its own block
+        half = 2 if self.mask == "staged" else 1
         units: list[Any] = list(self.layers)
         pairs = {
             window: attended_pairs(
                 AttentionMask(kind, document_ids if start == 0 else None, window=window), batch, length, start + length
             )
+            // half
             for window in {getattr(unit.mixer, "window", None) for unit in units}
         }
         return sum(unit.flops(batch * length, pairs[getattr(unit.mixer, "window", None)]) for unit in units)
