@@ -18,5 +18,6 @@ __getattr__, __dir__, __all__ = lazy(
         "heads.language_model": ["LanguageModelHead"],
         "heads.distillation": ["TeacherHead", "DistillationHead"],
         "heads.pixels": ["PatchDecode"],
+        "hf_model": ["HFModel"],
     },
 )

@@ -8,6 +8,8 @@ __getattr__, __dir__, __all__ = lazy(
         "loss": ["Loss"],
         "token": ["TokenNLL"],
         "multi_token": ["AheadNLL"],
+        "perplexity": ["Perplexity"],
+        "choice": ["ChoiceAccuracy"],
         "flow": ["FlowMatching"],
         "router": ["LoadBalance", "RowLoadBalance", "RouterZ", "LoadViolation"],
         "distillation": ["Distillation"],

@@ -102,18 +102,19 @@ class Transformer(ReadWriteBlock):
         outputs: Sequence[str] = (),
     ) -> Tensor | dict[str, Tensor]:
         """hidden; called with ``outputs``, a dict of them."""
-        batch, length = tokens.shape[:2]
-        start, kv_ids, kind = 0, None, self.mask
+        length = tokens.shape[1]
+        start: int | Tensor = 0
+        kv_ids, kv_length, kind = None, length, self.mask
         if cache is not None:
-            cache.reserve(batch, length)
-            start, kv_ids = cache.length, cache.write_documents(document_ids, length)
+            start, kv_length = cache.begin(tokens)
+            kv_ids = cache.write_documents(document_ids)
         if positions is None:
-            positions = torch.arange(start, start + length, device=tokens.device)
+            positions = torch.arange(length, device=tokens.device) + start
         rope = self.rope(positions, tokens.dtype) if self.rope is not None else None
-        if kind == "staged" and start > 0:  # behind clean blocks that are finished: one more block, which sees all of them
+        if kind == "staged" and not isinstance(start, int):  # one more block behind finished clean ones: it sees them all
             kind, stages = "full", None
         mask = AttentionMask(kind, document_ids, kv_ids, prefix_lengths, start, cu_seqlens, stages=stages)
-        masks = LayerMasks(mask, length, start + length, tokens, self.attention_used if cache is None else None)
+        masks = LayerMasks(mask, length, kv_length, tokens, self.attention_used if cache is None else None)
         valid = None if document_ids is None else document_ids >= 0
         routings = []
         for index, layer in enumerate(self.layers):
@@ -125,7 +126,7 @@ class Transformer(ReadWriteBlock):
             else:
                 tokens = layer(*arguments)
         if cache is not None:
-            cache.length += length
+            cache.end(tokens)
         out = {"hidden": tokens}
         if routings:
             out |= zip(ROUTING, (torch.stack(values) for values in zip(*routings, strict=True)), strict=True)
