@@ -19,7 +19,7 @@ class FlowMatching(Loss):
 
     def compute(self, prediction: Tensor, target: Tensor, flow_weight: Tensor, only: Tensor | None = None) -> Tensor:
         if prediction.shape != target.shape:  # broadcasting would give a number, the wrong one
-            raise UserError(f"FlowMatching: the prediction has shape {tuple(prediction.shape)}, the target {tuple(target.shape)}.")
+            raise UserError(f"FlowMatching: prediction {tuple(prediction.shape)} and target {tuple(target.shape)}: equal shapes?")
         dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
         squares = (prediction.to(dtype) - target.to(dtype)).square().flatten(1).sum(1) * flow_weight.to(dtype)
         return squares.sum() if only is None else torch.where(only, squares, 0).sum()

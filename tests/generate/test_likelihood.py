@@ -80,7 +80,11 @@ def test_bits() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"method": "dopri"}, "Did you mean 'dopri5'"), ({"divergence": "exat"}, "Did you mean 'exact'"), ({"steps": 0}, "steps is 0")],
+    [
+        ({"method": "dopri"}, "Did you mean 'dopri5'"),
+        ({"divergence": "exat"}, "Did you mean 'exact'"),
+        ({"steps": 0}, "steps is 0"),
+    ],
 )
 def test_bad_settings(settings: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):

@@ -87,7 +87,8 @@ def test_target_weight_and_conversions(path: str, prediction: str, weight: str) 
 def test_intervals() -> None:
     assert Interpolant("linear").interval() == Interpolant("gvp").interval(training=True) == (0.0, 1.0)
     assert Interpolant("gvp", "score").interval(training=True) == (1e-3, 1 - 1e-3)
-    assert Interpolant("vp").interval(training=True) == (0.0, 1 - 1e-5) and Interpolant("vp", "noise").interval() == (0.0, 1 - 1e-3)
+    assert Interpolant("vp").interval(training=True) == (0.0, 1 - 1e-5)
+    assert Interpolant("vp", "noise").interval() == (0.0, 1 - 1e-3)
     assert Interpolant("linear").interval(0.25) == (0.25, 0.75)
 
 

@@ -58,7 +58,7 @@ def test_flow_matching() -> None:
     value, denominator = loss.term(data, float(count), None)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value / denominator, F.mse_loss(prediction.bfloat16().float(), velocity))
-    with pytest.raises(UserError, match="shape"):
+    with pytest.raises(UserError, match="equal shapes"):
         loss.compute(prediction, velocity[:1], torch.ones(4))
     only = torch.tensor([True, False, True, False])
     metric = loss.over("from_web")
