@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy(
         "sampler": ["Sampler", "Samples"],
         "autoregressive": ["Autoregressive", "Texts"],
         "masked_diffusion": ["MaskedDiffusion"],
-        "flow": ["FlowODE", "Images", "grid"],
+        "flow": ["FlowODE", "FlowSDE", "Images", "grid"],
+        "likelihood": ["FlowLikelihood", "bits_per_dimension"],
     },
 )

@@ -1,10 +1,10 @@
-"""Images from noise: the ordinary differential equation of a flow-matching model (SiT, arXiv:2401.08740)."""
+"""Images from noise: the probability-flow ODE and the reverse SDE of a flow or diffusion model (SiT, arXiv:2401.08740)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,22 @@ from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.random import normal
 from l3m_like.distributed.mesh import Mesh
 from l3m_like.generate.sampler import Inference, collect, deal, sampling
+from l3m_like.generate.solvers import SOLVERS, dopri5
+from l3m_like.layers.interpolant import Coefficients, Interpolant, shift_time
 
-#: velocity(x, t) with x [B, ...] and a time t, a number
-Velocity = Callable[[Tensor, float], Tensor]
+#: what a model predicts, or the velocity, as a function of x [B, C, H, W] and times t [B]
+Field = Callable[[Tensor, Tensor], Tensor]
+
+#: D(t) of the reverse SDE, as a function of t and the path's coefficients there
+DIFFUSIONS: dict[str, Callable[[Tensor, Coefficients], Tensor]] = {
+    "constant": lambda t, at: torch.ones_like(t),
+    "sbdm": lambda t, at: at.diffusion,
+    "sigma": lambda t, at: at.sigma,
+    "linear": lambda t, at: 1 - t,
+    "decreasing": lambda t, at: (torch.cos(math.pi * t) + 1).square() / 4,
+    "bump": lambda t, at: torch.sin(math.pi * t).square(),
+}
+LAST_STEPS = ("mean", "tweedie", "euler", "none")
 
 
 @dataclass(frozen=True)
@@ -49,21 +62,27 @@ class Images:
         return path
 
 
-class FlowODE:
-    """Integrate dx/dt = v(x, t, class) from noise (t = 0) to data (t = 1).
+@dataclass
+class FlowSampler:
+    """What the samplers of flows share: noise that is a function of (seed, row), labels, guidance, times.
 
     Supplies   <stream>_noised [B, C, H, W]; <stream>_time [B]; <stream>_class_id [B] int64 (``classes`` is the null class)
-    Takes      <stream>_velocity_pred [B, C, H, W]
+    Takes      <stream>_prediction [B, C, H, W]
 
-    The noise is a function of (seed, row): it does not depend on the batch or the mesh.
+    A sample does not depend on its batch or the mesh.
 
     Args:
         shape: (C, H, W) of one sample.
         classes: number of real classes.
-        steps: equal steps of time.
-        method: "euler" (order 1, one evaluation per step) or "heun" (order 2, two evaluations).
-        guidance: w of classifier-free guidance, v = v_null + w (v_class - v_null) (arXiv:2207.12598). 1: the plain conditional
+        steps: of time.
+        path, prediction: that the model was trained with, see ``Interpolant``.
+        margin: distance of the times from singular ends (None: as published, see ``Interpolant.interval``).
+        shift: steps are shorter near noise, see ``shift_time``; that of the training is usual.
+        guidance: w of classifier-free guidance, null + w (conditional - null) (arXiv:2207.12598). 1: the plain conditional
             model; another w needs a model trained with dropped labels, and doubles the rows of an evaluation.
+        guidance_interval: times [first, last] within which guidance acts (arXiv:2404.07724).
+        guidance_channels: guidance acts on this many channels, the others are the conditional model's (None: all). The
+            published SiT samples were made with 3 of 4.
         num_samples: how many.
         labels: class numbers, repeated until there are enough; None: all classes in order.
         batch: rows computed at a time, per rank.
@@ -74,44 +93,48 @@ class FlowODE:
         UserError: settings out of range; a model that does not fit.
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        classes: int,
-        *,
-        steps: int = 25,
-        method: str = "euler",
-        guidance: float = 1.0,
-        num_samples: int = 40,
-        labels: Sequence[int] | None = None,
-        batch: int = 64,
-        seed: int = 0,
-        stream: str = "image",
-    ) -> None:
-        if len(shape) != 3 or min(shape) < 1:
-            raise UserError(f"FlowODE: shape is {list(shape)}; it is [channels, height, width].")
-        for name, value in (("classes", classes), ("steps", steps), ("num_samples", num_samples), ("batch", batch)):
-            if value < 1:
-                raise UserError(f"FlowODE: {name} is {value}; it is at least 1.")
-        if method not in METHODS:
-            raise UserError(f"FlowODE: no method '{method}'. {did_you_mean(method, METHODS)}")
-        if guidance < 0:
-            raise UserError(f"FlowODE: guidance is {guidance}; 0 ignores the class, 1 is the plain model, 2 to 4 are usual.")
-        self.labels = list(range(classes) if labels is None else labels)
+    shape: Sequence[int]
+    classes: int
+    _: KW_ONLY
+    steps: int = 25
+    path: str = "linear"
+    prediction: str = "velocity"
+    margin: float | None = None
+    shift: float = 1.0
+    guidance: float = 1.0
+    guidance_interval: Sequence[float] = (0.0, 1.0)
+    guidance_channels: int | None = None
+    num_samples: int = 40
+    labels: Sequence[int] | None = None
+    batch: int = 64
+    seed: int = 0
+    stream: str = "image"
+    interpolant: Interpolant = field(init=False)
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise UserError(f"{name}: shape is {list(self.shape)}; it is [channels, height, width].")
+        for setting in ("classes", "steps", "num_samples", "batch"):
+            if getattr(self, setting) < 1:
+                raise UserError(f"{name}: {setting} is {getattr(self, setting)}; it is at least 1.")
+        if self.guidance < 0:
+            raise UserError(f"{name}: guidance is {self.guidance}; 0 ignores the class, 1 is the plain model, 2 to 4 are usual.")
+        if not self.shift > 0:
+            raise UserError(f"{name}: shift is {self.shift}; it must be above 0 (1: none).")
+        self.guidance_interval = tuple(self.guidance_interval)
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
+            raise UserError(f"{name}: guidance_interval is {list(self.guidance_interval)}; two times in 0 .. 1, in order.")
+        if self.guidance_channels is not None and not 1 <= self.guidance_channels <= self.shape[0]:
+            raise UserError(f"{name}: guidance_channels is {self.guidance_channels}; samples have {self.shape[0]} channels.")
+        self.labels = list(range(self.classes) if self.labels is None else self.labels)
         for label in self.labels:
-            if not 0 <= label < classes:
-                raise UserError(f"FlowODE: label {label} is not one of the {classes} classes 0 .. {classes - 1}.")
+            if not 0 <= label < self.classes:
+                raise UserError(f"{name}: label {label} is not one of the {self.classes} classes 0 .. {self.classes - 1}.")
         if not self.labels:
-            raise UserError("FlowODE: labels is empty; leave it out for all classes.")
-        self.shape = tuple(shape)
-        self.classes = classes
-        self.steps = steps
-        self.method = method
-        self.guidance = guidance
-        self.num_samples = num_samples
-        self.batch = batch
-        self.seed = seed
-        self.stream = stream
+            raise UserError(f"{name}: labels is empty; leave it out for all classes.")
+        self.shape = tuple(self.shape)
+        self.interpolant = Interpolant(self.path, self.prediction)
 
     def run(self, model: nn.Module, *, process: Any = None, mesh: Mesh | None = None) -> Images:
         """Sample from ``model`` as it is now; see ``Sampler.run``. ``process`` is not needed."""
@@ -119,65 +142,175 @@ class FlowODE:
         with sampling(model) as graph:
             self.check(graph)
             for rows, count in deal(self.num_samples, self.batch, mesh):
-                images = self._generate(graph, rows).cpu()
+                row = torch.tensor(rows, device=graph.device)
+                labels = torch.tensor([self._label(number) for number in rows], device=graph.device)
+                # the state stays in float32 under a bf16 model: it sums many small steps
+                noise = self.noise(row, torch.promote_types(graph.dtype, torch.float32))
+                images = self.integrate(self.predict(graph, labels), noise, row, mesh).cpu()
                 found |= dict(zip(rows, images, strict=True)) if count else {}
-        labels = torch.tensor([self._label(row) for row in range(self.num_samples)])
-        return Images(torch.stack(collect(found, mesh)), labels, columns=min(len(self.labels), self.num_samples, 10))
+        assert self.labels is not None
+        every = torch.tensor([self._label(row) for row in range(self.num_samples)])
+        return Images(torch.stack(collect(found, mesh)), every, columns=min(len(self.labels), self.num_samples, 10))
 
     def check(self, graph: Inference) -> None:
         """Raise a UserError unless the model reads what this sampler supplies and writes what it takes."""
         supplied = [self._key(port) for port in ("noised", "time", "class_id")]
-        graph.check("FlowODE", supplied, supplied, self._key("velocity_pred"))
+        graph.check(type(self).__name__, supplied, supplied, self._key("prediction"))
+
+    def integrate(self, predict: Field, x: Tensor, row: Tensor, mesh: Mesh | None = None) -> Tensor:
+        """Samples [B, C, H, W] from noise ``x`` of the rows ``row`` [B]."""
+        raise NotImplementedError
+
+    def noise(self, row: Tensor, dtype: torch.dtype, step: int | None = None) -> Tensor:
+        """Standard normal [B, C, H, W]: the start of the rows ``row`` [B], or the noise of a step."""
+        purpose = f"flow_ode/{self.stream}" if step is None else f"flow_sde/{self.stream}/{step}"
+        return normal(row, tuple(self.shape), seed=self.seed, purpose=purpose, dtype=dtype)
+
+    def times(self, start: float, end: float, steps: int) -> list[float]:
+        """``steps`` + 1 times from ``start`` to ``end``: equal steps, then moved towards noise by ``shift``."""
+        moved = shift_time(torch.arange(steps + 1, dtype=torch.float64) / steps, self.shift)
+        return (start + (end - start) * moved).tolist()
+
+    def predict(self, graph: Callable[[dict[str, Any]], dict[str, Any]], labels: Tensor) -> Field:
+        """The guided prediction of the model ``graph`` for ``labels`` [B]."""
+        class_id = torch.cat((labels, torch.full_like(labels, self.classes)))
+        first, last = self.guidance_interval
+        always = (first, last) == (0, 1)
+        guided_channels = self.shape[0] if self.guidance_channels is None else self.guidance_channels
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            inside = (t >= first) & (t <= last)
+            guided = self.guidance != 1 and (always or bool(inside.any()))
+            times = 2 if guided else 1
+            ports = {"noised": x.repeat(times, 1, 1, 1), "time": t.to(x.dtype).repeat(times)}
+            ports["class_id"] = class_id[: times * len(x)]
+            out = graph({self._key(port): value for port, value in ports.items()})[self._key("prediction")].to(x.dtype)
+            if not guided:
+                return out
+            conditional, null = out.chunk(2)
+            channels = torch.arange(x.shape[1], device=x.device) < guided_channels
+            where = inside.view(-1, 1, 1, 1) & channels.view(1, -1, 1, 1)
+            return torch.where(where, null + self.guidance * (conditional - null), conditional)
+
+        return predict
 
     def _key(self, port: str) -> str:
         return f"{self.stream}_{port}"
 
     def _label(self, row: int) -> int:
+        assert self.labels is not None
         return self.labels[row % len(self.labels)]
 
-    def _generate(self, graph: Inference, rows: Sequence[int]) -> Tensor:
-        # the state stays in float32 under a bf16 model: it sums many small steps
-        dtype = torch.promote_types(graph.dtype, torch.float32)
-        row = torch.tensor(rows, device=graph.device)
-        noise = normal(row, self.shape, seed=self.seed, purpose=f"flow_ode/{self.stream}", dtype=dtype)
-        labels = torch.tensor([self._label(row) for row in rows], device=graph.device)
-        return METHODS[self.method](self.velocity(graph, labels), noise, self.steps)
 
-    def velocity(self, graph: Callable[[dict[str, Any]], dict[str, Any]], labels: Tensor) -> Velocity:
-        """The guided velocity of ``labels`` [B] under the model ``graph``."""
-        guided = self.guidance != 1.0
-        class_id = torch.cat((labels, torch.full_like(labels, self.classes))) if guided else labels
+@dataclass(kw_only=True)
+class FlowODE(FlowSampler):
+    """Integrate the probability-flow ODE dx/dt = v(x, t, class) from noise (t = 0) to data (t = 1); see ``FlowSampler``.
 
-        def velocity(x: Tensor, t: float) -> Tensor:
-            noised = torch.cat((x, x)) if guided else x
-            time = torch.full((len(noised),), t, dtype=x.dtype, device=x.device)
-            data = {self._key("noised"): noised, self._key("time"): time, self._key("class_id"): class_id}
-            out = graph(data)[self._key("velocity_pred")].to(x.dtype)
-            if not guided:
-                return out
-            conditional, null = out.chunk(2)
-            return null + self.guidance * (conditional - null)
+    Args:
+        method: "euler" (order 1, one evaluation per step), "heun" (order 2, two) or "dopri5" (order 5, six; every row takes as
+            many steps as it needs, so small that the error of one stays below ``atol + rtol |x|``; ``steps`` is not used).
+        atol, rtol: of dopri5.
+    """
 
-        return velocity
+    method: str = "euler"
+    atol: float = 1e-6
+    rtol: float = 1e-3
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in (*SOLVERS, "dopri5"):
+            raise UserError(f"FlowODE: no method '{self.method}'. {did_you_mean(self.method, (*SOLVERS, 'dopri5'))}")
+        if not (self.atol > 0 and self.rtol >= 0):
+            raise UserError(f"FlowODE: atol is {self.atol}, rtol {self.rtol}; the first must be above 0, the second at least 0.")
 
-def euler(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
-    """``x`` at t = 1 from ``x`` at t = 0: x += dt v(x, t)."""
-    for step in range(steps):
-        x = x + velocity(x, step / steps) / steps
-    return x
+    def integrate(self, predict: Field, x: Tensor, row: Tensor, mesh: Mesh | None = None) -> Tensor:
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return self.interpolant.velocity(predict(x, t), x, t)
 
-
-def heun(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
-    """As ``euler``, with the mean of the velocities at both ends of the step."""
-    for step in range(steps):
-        first = velocity(x, step / steps)
-        second = velocity(x + first / steps, (step + 1) / steps)
-        x = x + (first + second) / (2 * steps)
-    return x
+        start, end = self.interpolant.interval(self.margin)
+        if self.method == "dopri5":
+            return dopri5(velocity, x, start, end, atol=self.atol, rtol=self.rtol, mesh=mesh)
+        return SOLVERS[self.method](velocity, x, self.times(start, end, self.steps))
 
 
-METHODS: dict[str, Callable[[Velocity, Tensor, int], Tensor]] = {"euler": euler, "heun": heun}
+@dataclass(kw_only=True)
+class FlowSDE(FlowSampler):
+    """Integrate the reverse SDE dx = (v + D(t) score) dt + sqrt(2 D(t)) dW from noise to data; see ``FlowSampler``.
+
+    With the exact velocity, every D gives the same distribution at every time; with a learned one they differ. The noise of
+    a step is a function of (seed, row, step).
+
+    Args:
+        steps: of time, the last one included.
+        method: "euler" (Euler-Maruyama, order 1 in distribution), or "heun" (the mean of the drifts at both ends of the step,
+            its noise included: order 2; the published sampler of that name adds the noise first, which has order 1).
+        diffusion: D(t): "constant" (1), "sbdm" (lambda, see ``Coefficients.diffusion``), "sigma" (sigma), "linear" (1 - t),
+            "decreasing" ((cos(pi t) + 1)^2 / 4) or "bump" (sin(pi t)^2), each times ``norm``.
+        norm: factor of D.
+        last_step: from t = 1 - ``last_size`` to the end, without noise: "mean" (a step of the drift), "tweedie" (E[data | x]),
+            "euler" (a step of the velocity), or "none", which ends there.
+        last_size: length of the last step.
+        margin: distance of the first time from 0, where alpha is 0 (None: 1e-3; on the vp path 0).
+    """
+
+    steps: int = 250
+    method: str = "euler"
+    diffusion: str = "sigma"
+    norm: float = 1.0
+    last_step: str = "mean"
+    last_size: float = 0.04
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("method", tuple(SOLVERS)), ("diffusion", tuple(DIFFUSIONS)), ("last_step", LAST_STEPS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"FlowSDE: no {name} '{getattr(self, name)}'. {did_you_mean(getattr(self, name), known)}")
+        if not 0 < self.last_size < 1:
+            raise UserError(f"FlowSDE: last_size is {self.last_size}; it is a part of the time, above 0 and below 1.")
+        if not self.norm >= 0:
+            raise UserError(f"FlowSDE: norm is {self.norm}; it is at least 0 (no noise).")
+        if self.steps < 2:
+            raise UserError(f"FlowSDE: steps is {self.steps}; the last one has no noise, so at least 2 are needed.")
+
+    def grid(self) -> list[float]:
+        """The times of all steps but the last."""
+        margin = self.margin if self.margin is not None else (0.0 if self.path == "vp" else 1e-3)
+        return self.times(margin, 1 - self.last_size, self.steps - 1)
+
+    def drift(self, predict: Field, x: Tensor, t: Tensor) -> Tensor:
+        """v + D score at ``x`` and times ``t`` [B]."""
+        found = predict(x, t)
+        return self.interpolant.velocity(found, x, t) + self._diffusion(t, x) * self.interpolant.score(found, x, t)
+
+    def step(self, predict: Field, x: Tensor, t: float, size: float, noise: Tensor) -> Tensor:
+        """``x`` at t + ``size`` from ``x`` at t, with standard normal ``noise`` like x."""
+        now = x.new_full((len(x),), t, dtype=torch.float64)
+        if self.method == "euler":
+            return x + size * self.drift(predict, x, now) + (2 * size * self._diffusion(now, x)).sqrt() * noise
+        kick = (2 * size * self._diffusion(now + size / 2, x)).sqrt() * noise
+        first = self.drift(predict, x, now)
+        return x + size / 2 * (first + self.drift(predict, x + size * first + kick, now + size)) + kick
+
+    def finish(self, predict: Field, x: Tensor) -> Tensor:
+        """The last step."""
+        now = x.new_full((len(x),), 1 - self.last_size, dtype=torch.float64)
+        if self.last_step == "none":
+            return x
+        if self.last_step == "mean":
+            return x + self.last_size * self.drift(predict, x, now)
+        found = predict(x, now)
+        if self.last_step == "tweedie":
+            return self.interpolant.data(found, x, now)
+        return x + self.last_size * self.interpolant.velocity(found, x, now)
+
+    def integrate(self, predict: Field, x: Tensor, row: Tensor, mesh: Mesh | None = None) -> Tensor:
+        times = self.grid()
+        for number, (t, following) in enumerate(zip(times, times[1:], strict=False)):
+            x = self.step(predict, x, t, following - t, self.noise(row, x.dtype, number))
+        return self.finish(predict, x)
+
+    def _diffusion(self, t: Tensor, like: Tensor) -> Tensor:
+        return self.norm * DIFFUSIONS[self.diffusion](t.to(like.dtype).view(-1, 1, 1, 1), self.interpolant.at(t, like))
 
 
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray:

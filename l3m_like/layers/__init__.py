@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy(
         "attention": ["Attention"],
         "cache": ["StaticCache", "LayerCache"],
         "embedding": ["TimeEmbed"],
+        "interpolant": ["Interpolant", "shift_time"],
         "latent_attention": ["LatentAttention"],
         "linear": ["joint_linear"],
         "lora": ["LoRALinear"],

@@ -407,10 +407,11 @@ def _next_token(model: Any, data: Mapping[str, Tensor]) -> Tensor:
 
 def _flow(model: Any, data: Mapping[str, Tensor]) -> Tensor:
     blocks = model.preprocessor
-    noised, time, velocity = blocks["noise"].compute(data["image"], data["row"])
+    noised, time, target, weight = blocks["noise"].compute(data["image"], data["row"])
     condition = blocks["condition"].compute(time, blocks["drop"].compute(data["image_label"], data["row"]))
     hidden = model.trunk.compute(blocks["patches"].compute(noised), condition)
-    return (model.head.compute(hidden, condition) - velocity).square().sum()
+    errors = (model.head.compute(hidden, condition) - target).square().flatten(1).sum(1)
+    return (weight * errors).sum()
 
 
 #: trunk -> (sum of the loss over a micro-batch, elements that it is the sum of)

@@ -161,7 +161,7 @@ def _diffusion(model: Any, run: Plan) -> Diffusion | None:
     if not fits:
         return None
     noise, drop, patches, condition = (kinds[kind] for kind in (FlowNoise, DropLabel, PatchEmbed, TimeLabelEmbed))
-    if noise.path != "linear":
+    if (noise.interpolant.path, noise.interpolant.prediction, noise.times, noise.shift) != ("linear", "velocity", "uniform", 1):
         return None
     return Diffusion(
         dim=patches.dim,

@@ -68,7 +68,8 @@ def test_wrong_argument_of_a_block_is_an_error() -> None:
 def test_flow_noise(path: str) -> None:
     block = FlowNoise(seed=5, path=path, stream="image")
     image, row = torch.rand(512, 2, 4, 4), torch.arange(100, 612)
-    noised, time, velocity = block.compute(image, row)
+    noised, time, velocity, weight = block.compute(image, row)
+    assert weight.tolist() == [1.0] * 512 and weight.dtype == torch.float32
     t = time.double().view(-1, 1, 1, 1).requires_grad_()
     angle = t * torch.pi / 2
     alpha, sigma = (t, 1 - t) if path == "linear" else (angle.sin(), angle.cos())
@@ -85,13 +86,13 @@ def test_flow_noise(path: str) -> None:
 
 def test_noise_is_a_function_of_seed_stream_and_row() -> None:
     image, row = torch.rand(6, 1, 3, 3), torch.tensor([7, 2, 9, 4, 11, 3])
-    noised, time, _ = FlowNoise(0, stream="image").compute(image, row)
+    noised, time, _, _ = FlowNoise(0, stream="image").compute(image, row)
     order = torch.tensor([5, 0, 3])
-    part, part_time, _ = FlowNoise(0, stream="image").compute(image[order], row[order])
+    part, part_time, _, _ = FlowNoise(0, stream="image").compute(image[order], row[order])
     assert torch.equal(part, noised[order]) and torch.equal(part_time, time[order])
     for other in (FlowNoise(1, stream="image"), FlowNoise(0, stream="video")):
         assert not torch.equal(other.compute(image, row)[1], time)
-    wide, wide_time, velocity = FlowNoise(0, stream="image").compute(image.double(), row)
+    wide, wide_time, velocity, _ = FlowNoise(0, stream="image").compute(image.double(), row)
     assert wide.dtype == velocity.dtype == torch.float64 and torch.equal(wide_time, time)
     torch.testing.assert_close(wide.float(), noised)
     with pytest.raises(UserError, match="Did you mean 'linear'"):
@@ -349,7 +350,7 @@ def test_everything_runs_on_meta() -> None:
         head = LanguageModelHead(V, D, writes=["nll"])
         hidden = trunk.compute(TokenEmbed(V, D).compute(ids), ids, ids)
         assert head.compute(hidden, ids, outputs=("nll",))["nll"].shape == (2, 6)
-        noised, time, _ = FlowNoise(0).compute(torch.empty(2, 1, 8, 8), row)
+        noised, time, _, _ = FlowNoise(0).compute(torch.empty(2, 1, 8, 8), row)
         vector = TimeLabelEmbed(10, D).compute(time, DropLabel(0, 10, 0.1).compute(row, row))
         dit = DiT(D, 2, partial(DiTLayer, mixer=partial(Attention, num_heads=4), mlp=MLP))
         image = PatchDecode(D, 8, 4, 1).compute(dit.compute(PatchEmbed(8, 4, 1, D).compute(noised), vector), vector)

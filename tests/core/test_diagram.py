@@ -29,7 +29,7 @@ def test_lanes_are_the_wiring() -> None:
     assert [column.training_only for column in diagram.columns] == [False, True, True, False, False, False, False, False]
     lanes = {lane.key: lane for lane in diagram.lanes}
     assert (lanes["row"].writer, lanes["row"].readers) == (0, (1, 2))
-    assert (lanes["image_velocity"].writer, lanes["image_velocity"].readers) == (1, (7,))
+    assert (lanes["image_target"].writer, lanes["image_target"].readers) == (1, (7,))
     assert (lanes["image_condition"].writer, lanes["image_condition"].readers) == (4, (5, 6))
     assert re.fullmatch(r"\[\d+, 49, \d+\] f32", lanes["image_tokens"].shape)
 

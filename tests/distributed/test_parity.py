@@ -58,7 +58,7 @@ VANISHING = {"sit_shipped": {"k_proj.bias": "the softmax does not see a constant
 
 
 #: what sit draws in the model
-DRAWN = ("image_noised", "image_velocity", "image_time", "image_class_id")
+DRAWN = ("image_noised", "image_target", "image_flow_weight", "image_time", "image_class_id")
 
 
 def drawn(name: str) -> tuple[str, ...]:

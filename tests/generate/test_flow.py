@@ -1,4 +1,4 @@
-"""The flow ODE: exact velocities reach the exact distribution, at the order of the method."""
+"""Sampling from models: guidance, batches, pictures, errors. What the methods converge to is in test_flow_orders."""
 
 from __future__ import annotations
 
@@ -10,56 +10,25 @@ from torch import Tensor
 from l3m_like.core import MetaModel, ReadWriteBlock, UserError
 from l3m_like.core.random import normal
 from l3m_like.generate import FlowODE, grid
+from tests.generate.flow_orders import Gaussian
 from tests.generate.tiny import tiny
 
 SHAPE = (1, 2, 2)
 
 
 class GaussianVelocity(ReadWriteBlock):
-    """The exact velocity E[data - noise | x_t] for data ~ N(mean + shift * class, covariance), flattened to 4 numbers."""
+    """The exact velocity on the linear path for data ~ N(mean + shift * class, covariance), flattened to 4 numbers."""
 
-    outputs = ("velocity_pred",)
+    outputs = ("prediction",)
 
     def __init__(self, shift: float = 0.0) -> None:
         super().__init__()
-        root = torch.randn(4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        self.covariance = torch.nn.Parameter(root @ root.T / 4 + 0.1 * torch.eye(4, dtype=torch.float64))
-        self.mean = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64))
+        self.field = Gaussian("linear", "velocity")
+        self.dtype_of_the_model = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
         self.shift = shift
 
     def compute(self, noised: Tensor, time: Tensor, class_id: Tensor) -> Tensor:
-        t, eye = time.view(-1, 1, 1), torch.eye(4, dtype=torch.float64)
-        mean = self.mean + self.shift * class_id.double().view(-1, 1)
-        spread = t**2 * self.covariance + (1 - t) ** 2 * eye
-        with_velocity = t * self.covariance - (1 - t) * eye
-        centred = (noised.flatten(1) - time.view(-1, 1) * mean).unsqueeze(-1)
-        return (mean + (with_velocity @ torch.linalg.solve(spread, centred)).squeeze(-1)).view_as(noised)
-
-
-def exact(block: GaussianVelocity, rows: int) -> Tensor:
-    """Where the ODE takes the noise of each row: mean + covariance^(1/2) noise."""
-    noise = normal(torch.arange(rows), SHAPE, seed=0, purpose="flow_ode/image", dtype=torch.float64).flatten(1)
-    values, vectors = torch.linalg.eigh(block.covariance.detach())
-    return block.mean.detach() + noise @ (vectors * values.sqrt()) @ vectors.T
-
-
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
-def test_gaussian_at_the_order_of_the_method(method, order) -> None:
-    block = GaussianVelocity()
-    model, expected = MetaModel(head=block, stream="image"), exact(block, 500)
-    moments = expected.mean(0), expected.T.cov()
-    errors = []
-    for steps in (32, 64, 128):
-        found = FlowODE(SHAPE, 3, steps=steps, method=method, num_samples=500).run(model).images.flatten(1)
-        in_moments = (found.mean(0) - moments[0]).norm(), (found.T.cov() - moments[1]).norm()
-        errors.append(torch.stack([(found - expected).abs().max(), *in_moments]))
-    # at equal steps halved, the error falls by 2^order, pointwise and in mean and covariance
-    orders = torch.stack([(a / b).log2() for a, b in zip(errors, errors[1:], strict=False)])
-    assert torch.all((orders - order).abs() < 0.25), orders
-    assert errors[-1][0] < (0.2 if order == 1 else 2e-3)
-    # and the distribution is the data's: the sample's own moments lie within its statistical error
-    assert torch.allclose(found.mean(0), block.mean.detach(), atol=0.35)
-    assert torch.allclose(found.T.cov(), block.covariance.detach(), atol=0.45)
+        return self.field(noised, time, self.shift * class_id.double())
 
 
 def test_guidance_is_its_formula() -> None:
@@ -80,14 +49,15 @@ def test_guidance_one_is_the_conditional_model() -> None:
     labels = torch.tensor([3, 7])
     x = normal(torch.arange(2), (1, 8, 8), seed=0, purpose="x", dtype=torch.float64)
     data = {"image_noised": x, "image_time": torch.full((2,), 0.3, dtype=torch.float64)}
-    conditional = loaded({**data, "image_class_id": labels})["image_velocity_pred"]
-    null = loaded({**data, "image_class_id": torch.tensor([10, 10])})["image_velocity_pred"]
+    conditional = loaded({**data, "image_class_id": labels})["image_prediction"]
+    null = loaded({**data, "image_class_id": torch.tensor([10, 10])})["image_prediction"]
+    at = torch.full((2,), 0.3, dtype=torch.float64)
     with torch.no_grad():
         # 1 + 2^-40 takes the doubled path, 1 the short one
         for w in (1.0, 1 + 2.0**-40):
-            found = FlowODE((1, 8, 8), 10, guidance=w).velocity(loaded, labels)(x, 0.3)
+            found = FlowODE((1, 8, 8), 10, guidance=w).predict(loaded, labels)(x, at)
             assert float((found - conditional).abs().max()) < 1e-10
-        found = FlowODE((1, 8, 8), 10, guidance=4.0).velocity(loaded, labels)(x, 0.3)
+        found = FlowODE((1, 8, 8), 10, guidance=4.0).predict(loaded, labels)(x, at)
     assert torch.allclose(found, null + 4 * (conditional - null), atol=1e-12)
     assert float((conditional - null).abs().max()) > 1e-3
 

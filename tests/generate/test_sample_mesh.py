@@ -101,7 +101,7 @@ def sampled_in_training(run: Path, broken: bool) -> tuple[list[torch.Tensor], bo
         module.reshard = kept
     x = normal(torch.arange(2), (1, 8, 8), seed=0, purpose="x", dtype=torch.float64)
     out = model({"image": x, "image_label": torch.tensor([1, 2]), "row": torch.arange(2)})
-    out["image_velocity_pred"].square().sum().backward()
+    out["image_prediction"].square().sum().backward()
     return found, model.training and all(p.grad is not None for p in parameters.values())
 
 

@@ -49,16 +49,17 @@ def test_flow_matching() -> None:
     loss = FlowMatching(stream="image", reads={"image": "photo"})
     generator = torch.Generator().manual_seed(0)
     prediction, velocity = torch.randn(2, 4, 1, 3, 3, generator=generator).unbind()
-    data = {"image_velocity_pred": prediction.bfloat16(), "image_velocity": velocity, "photo": velocity}
-    assert loss.reads == {"velocity_pred": "image_velocity_pred", "velocity": "image_velocity", "only": "image_only"}
+    data = {"image_prediction": prediction.bfloat16(), "image_target": velocity, "photo": velocity}
+    data["image_flow_weight"] = torch.ones(4)
+    assert loss.reads == {port: f"image_{port}" for port in ("prediction", "target", "flow_weight", "only")}
     assert loss.count_reads == {"image": "photo"}
     count = loss.count_of(data)
     assert count == 36 and count.dtype == torch.int64
     value, denominator = loss.term(data, float(count), None)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value / denominator, F.mse_loss(prediction.bfloat16().float(), velocity))
-    with pytest.raises(UserError, match="shape"):
-        loss.compute(prediction, velocity[:1])
+    with pytest.raises(UserError, match="equal shapes"):
+        loss.compute(prediction, velocity[:1], torch.ones(4))
     only = torch.tensor([True, False, True, False])
     metric = loss.over("from_web")
     assert metric is not None and metric.weight is None and metric.count_reads == {"image": "photo", "only": "from_web"}

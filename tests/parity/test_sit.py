@@ -29,7 +29,7 @@ def ours_of(dtype: torch.dtype) -> MetaModel:
             "condition": TimeLabelEmbed(CLASSES, DIM),
         },
         trunk=DiT(DIM, LAYERS, layer),
-        head=PatchDecode(DIM, SIZE, PATCH, CHANNELS, out_channels=2 * CHANNELS, writes={"image": "image_velocity_pred"}),
+        head=PatchDecode(DIM, SIZE, PATCH, CHANNELS, out_channels=2 * CHANNELS, writes={"image": "image_prediction"}),
         stream="image",
     ).to(dtype)
     perturb(model)
@@ -90,7 +90,7 @@ def compare(dtype: torch.dtype, ours: MetaModel, shift: float = 0.0) -> None:
         :, :CHANNELS
     ]
     (theirs * weight).square().sum().backward()
-    out = ours(data)["image_velocity_pred"]
+    out = ours(data)["image_prediction"]
     ours.zero_grad()
     (out * weight).square().sum().backward()
     check_values(out.detach(), theirs.detach())

@@ -88,7 +88,7 @@ def test_equal_losses_and_flops(kind: str, data: str, variant: str, monkeypatch:
     assert work.documents == (data in ("documents", "documents-padded"))
     if kind == "sit_xl2":  # their own draws would be others: ours are handed over
         blocks = model.preprocessor
-        noised, time, velocity = blocks["noise"].compute(batch["image"], batch["row"])
+        noised, time, velocity, _ = blocks["noise"].compute(batch["image"], batch["row"])
         drawn = noised, time, blocks["drop"].compute(batch["image_label"], batch["row"]), velocity
         monkeypatch.setattr(peers, "noised_batch", lambda batch, sizes: drawn)
     peer = work.peer(peers.variants_of(work.sizes)[variant])
