@@ -18,8 +18,19 @@ EXPERIMENTS = sorted(path for path in CONFIGS.rglob("*.yaml") if "preset" not in
 #: those that train on shipped data
 TINY = [path for path in EXPERIMENTS if "shipped:" in path.read_text(encoding="utf-8")]
 #: published, or (tiny ones) counted by hand in `test_tiny_sizes`
-PARAMETERS = {"llama3_8b": 8_030_261_248, "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "sit_xl2": 674_834_720}
-MOST_LINES = {"llm": 70, "sit": 90, "distill": 60, "sft": 15}
+PARAMETERS = {
+    "llama3.2_1b": 1_235_814_400,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "qwen2.5_0.5b": 494_032_768,
+    "qwen2.5_7b": 7_615_616_512,
+    "qwen2.5_72b": 72_706_203_648,
+    "qwen3_0.6b": 596_049_920,
+    "qwen3_1.7b": 1_720_574_976,
+    "qwen3_8b": 8_190_735_360,
+    "sit_xl2": 674_834_720,
+}
+MOST_LINES = {"llm": 70, "sit": 90, "distill": 60}
 
 
 def name_of(path: Path) -> str:

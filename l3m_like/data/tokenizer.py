@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,6 +101,13 @@ class TextTokenizer:
         if self.is_bytes:
             return "<end>".join(self.decode(part) for part in _split(ids, BYTES))
         return self._file.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def write(self, folder: Path) -> None:
+        """Copy a ``tokenizer.json`` to ``folder``, and beside it what transformers reads its class and end token from."""
+        (path,) = resolve(self.path)
+        shutil.copyfile(path, folder / "tokenizer.json")
+        said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._file.id_to_token(self.end_id)}
+        (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
     @cached_property
     def _file(self) -> Tokenizer:

@@ -307,8 +307,9 @@ class Checkpointer:
         self.wait()
         path = self.directory / _name(step)
         self._on_main(lambda: _require_whole(self.directory, step))
-        _match(path, _read_index(path), tensors, partial=partial)
-        _fill(path, tensors, self.group)
+        index = _read_index(path)
+        _match(path, index, tensors, partial=partial)
+        _fill(path, tensors, self.group, index)
         self._held = None if partial else step
         return json.loads((path / STATE).read_text())
 
@@ -360,16 +361,41 @@ def load_full(directory: str | Path, step: int | None = None, names: Iterable[st
         step = next(iter(whole_steps(directory)), None)
         if step is None:
             raise DamagedCheckpoint(f"{directory} holds no checkpoint.")
-    _require_whole(directory, step)
-    path = directory / _name(step)
-    index = _read_index(path)
-    wanted = list(index) if names is None else list(names)
-    for name in wanted:
-        if name not in index:
-            raise UserError(f"{path} holds no tensor '{name}'. {did_you_mean(name, index)}")
-    tensors = {name: torch.empty(index[name]["shape"], dtype=_dtype(index[name])) for name in wanted}
-    _fill(path, tensors, None)
-    return tensors
+    whole = WholeTensors(directory, step)
+    return whole.read(whole.index if names is None else names)
+
+
+class WholeTensors:
+    """The tensors of one checkpoint, whole, on the CPU, read when they are asked for.
+
+    Attributes:
+        index: ``{name: its dtype and shape, and where it lies}``.
+
+    Raises:
+        DamagedCheckpoint: there is no such checkpoint, or it is damaged.
+    """
+
+    def __init__(self, directory: Path, step: int) -> None:
+        _require_whole(directory, step)
+        self.path = directory / _name(step)
+        self.index = _read_index(self.path)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _dtype(self.index[name])
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors with these names.
+
+        Raises:
+            UserError: a name that the checkpoint does not hold.
+        """
+        wanted = list(names)
+        for name in wanted:
+            if name not in self.index:
+                raise UserError(f"{self.path} holds no tensor '{name}'. {did_you_mean(name, self.index)}")
+        tensors = {name: torch.empty(self.index[name]["shape"], dtype=self.dtype(name)) for name in wanted}
+        _fill(self.path, tensors, None, self.index)
+        return tensors
 
 
 # ---- which checkpoints are there -----------------------------------------------------------------------------------------
@@ -502,12 +528,17 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """DCP's, with the index read from JSON, and the checksum of each piece checked before it is used."""
+    """DCP's, with the index (or those entries of it that are wanted) from JSON, and the checksum of each piece checked before it
+    is used."""
+
+    def __init__(self, path: Path, index: Mapping[str, Any]) -> None:
+        super().__init__(path)
+        self.index = index
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         tensors: dict[str, Any] = {}
         storage = {}
-        for name, entry in _read_index(Path(self.path)).items():
+        for name, entry in self.index.items():
             chunks = [ChunkStorageMetadata(torch.Size(c["offsets"]), torch.Size(c["sizes"])) for c in entry["chunks"]]
             tensors[name] = TensorStorageMetadata(TensorProperties(dtype=_dtype(entry)), torch.Size(entry["shape"]), chunks)
             for c in entry["chunks"]:
@@ -553,9 +584,10 @@ def _match(path: Path, index: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         )
 
 
-def _fill(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+def _fill(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None, index: Mapping[str, Any]) -> None:
+    wanted = {name: index[name] for name in tensors}
     try:
-        dcp.load(dict(tensors), storage_reader=_Reader(path), process_group=group, no_dist=group is None)
+        dcp.load(dict(tensors), storage_reader=_Reader(path, wanted), process_group=group, no_dist=group is None)
     except CheckpointException as error:  # on every rank, if reading failed on any
         if any(isinstance(cause, torch.OutOfMemoryError) for cause, _ in error.failures.values()):
             raise

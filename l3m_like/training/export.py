@@ -1,0 +1,253 @@
+"""A run's weights as a Hugging Face folder, and a folder's weights as a checkpoint; tensor by tensor, from and onto any mesh."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l3m_like.config import RunConfig, start_run
+from l3m_like.config.schema import Init
+from l3m_like.core.errors import UserError
+from l3m_like.core.meta_model import MetaModel
+from l3m_like.data.tokenizer import TextTokenizer
+from l3m_like.distributed.mesh import build_mesh
+from l3m_like.pretrained.families import Family, family, family_of
+from l3m_like.pretrained.folder import CONFIG, Folder, FolderMissing, find_folder, small_files, write_folder, write_json
+from l3m_like.pretrained.lora import export_peft, layer_paths, merge
+from l3m_like.pretrained.name_map import NameMap, export_tensor
+from l3m_like.training.build import build_model
+from l3m_like.training.checkpoint import Checkpointer, WholeTensors
+from l3m_like.training.load import load
+from l3m_like.training.lora import adapter_names, adapters
+from l3m_like.training.start_from import find_checkpoint, frozen_parts
+
+# ---- there -----------------------------------------------------------------------------------------------------------------
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    dtype: torch.dtype | None = None,
+    most: int = 5 * 10**9,
+    family_name: str | None = None,
+) -> list[str]:
+    """Write the weights of a run as a Hugging Face folder; returns what to tell the user.
+
+    Where the run began from a folder that is still there, its ``config.json`` (for what does not follow from the model),
+    tokenizer files and dtypes are taken over.
+
+    Args:
+        run: a run's directory.
+        out: a new folder.
+        step: of the checkpoint; None: the newest.
+        ema: the averaged weights.
+        dtype: of the parameters; None: those of the folder that the run began from, else those of the checkpoint. Buffers keep
+            theirs.
+        most: bytes of a file.
+        family_name: see ``families.family``; None: that of the folder that the run began from, else the one that fits.
+
+    Raises:
+        UserError: no such run or step; no averaged weights; a model that no family describes; a folder that is not empty.
+    """
+    run, out = Path(run), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already. Give the name of a new folder.")
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run's directory: it has no config.yaml.")
+    cfg = RunConfig.from_file(run / "config.yaml")
+    if ema and cfg.ema is None:
+        raise UserError(f"--ema: the run in {run} kept no average (its config has ema: null).")
+    checkpoints, newest = find_checkpoint(str(run), "--run")
+    whole = WholeTensors(checkpoints, newest if step is None else step)
+    model = _meta_model(cfg)
+    source, notes = _source(cfg)
+    chosen = family_name or (cfg.init.family if cfg.init else None) or (source.model_type if source else None)
+    of = family(chosen) if chosen else family_of(model)
+    names = _names(of, model)
+    tensors = _Saved(model, names, whole, ema)
+    layout = {
+        name: (_dtype(name, tensors.dtype(names.theirs[names.copies.get(name, name)][0].ours), dtype, source), shape)
+        for name, shape in names.shapes.items()
+    }
+    config = _config(cfg, model, of, source, next(iter(layout.values()))[0])
+    out.mkdir(parents=True, exist_ok=True)
+    write_folder(out, layout, lambda name: export_tensor(names, names.copies.get(name, name), tensors), most)
+    if source is not None:
+        for path in small_files(source.path):
+            shutil.copyfile(path, out / path.name)
+    else:
+        notes += _write_tokenizer(cfg, out, config)
+    write_json(out / CONFIG, config)  # last: without it the folder is none
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    return [*notes, f"{out}: {of.architecture}, {len(layout)} tensors, {size:,} bytes, of {whole.path}"]
+
+
+def export_adapters(
+    run: str | Path, out: str | Path, *, step: int | None = None, ema: bool = False, family_name: str | None = None
+) -> list[str]:
+    """Write the adapters of a run alone, as a PEFT folder; arguments, and what it returns, as ``export``.
+
+    Raises:
+        UserError: no such run or step; a run without `lora`, or that trained more than adapters; as ``export``.
+    """
+    run = Path(run)
+    cfg = RunConfig.from_file(run / "config.yaml")
+    if cfg.lora is None or cfg.lora.train:
+        what = "trained more than adapters (lora.train)" if cfg.lora else "has no `lora`"
+        raise UserError(f"--adapters: the run in {run} {what}. Leave it out: to-hf then writes the whole model, adapters merged.")
+    checkpoints, newest = find_checkpoint(str(run), "--run")
+    model = _meta_model(cfg)
+    of = family(family_name) if family_name else family_of(model)
+    names = _names(of, model)
+    saved = _Saved(model, names, WholeTensors(checkpoints, newest if step is None else step), ema)
+    state = {name: saved[name] for name in sorted(adapter_names(model))}
+    lora, base = cfg.lora, cfg.init.from_ if cfg.init is not None else None
+    shape = {"alpha": lora.alpha, "rank_stabilized": lora.rank_stabilized, "dropout": lora.dropout}
+    export_peft(out, state, layer_paths(names), **shape, base=base)
+    return [f"{out}: {len(state) // 2} adapters of rank {lora.rank} of {of.architecture}"]
+
+
+class _Saved(Mapping[str, Tensor]):
+    """A model's tensors as a checkpoint holds them, adapters merged, read when they are asked for. Stacks are asked for once for each of their
+    tensors: the last few are kept."""
+
+    def __init__(self, model: nn.Module, names: NameMap, whole: WholeTensors, ema: bool) -> None:
+        averaged = {name for name, p in model.named_parameters() if ema and p.requires_grad}
+        self._buffers = {name for name, _ in model.named_buffers()}
+        stored = [*names.pieces, *adapter_names(model)]
+        self._keys = {name: f"{'ema' if name in averaged else 'model'}/{name}" for name in stored}
+        self._adapters = {f"{path}.weight": layer for path, layer in adapters(model).items()}
+        self._names, self._whole = names, whole
+        self._kept: dict[str, Tensor] = {}
+
+    def dtype(self, name: str) -> tuple[torch.dtype, bool]:
+        """(dtype in the checkpoint, is it a parameter)."""
+        key = self._keys[name]
+        return (self._whole.dtype(key) if key in self._whole.index else torch.float32), name not in self._buffers
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._kept:
+            return self._kept[name]
+        key = self._keys[name]
+        value = self._whole.read([key])[key]
+        if name in self._adapters:
+            path = name.removesuffix(".weight")
+            value = merge({name: value} | {n: self[n] for n in (f"{path}.lora_a", f"{path}.lora_b")}, self._adapters[name].scaling)[name]
+        if len(self._names.pieces.get(name, ())) > 1:
+            self._kept[name] = value
+            while len(self._kept) > 3:  # gate, up and down of one layer
+                del self._kept[next(iter(self._kept))]
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys  # without reading it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def _meta_model(cfg: RunConfig) -> MetaModel:
+    if cfg.mup is not None:
+        raise UserError("the run has `mup`: no config.json has a place for its factors of outputs and scores.")
+    model = build_model(cfg)
+    if not isinstance(model, MetaModel):
+        raise UserError("the model of the run is a series of MetaModels, which no Hugging Face folder holds.")
+    return model
+
+
+def _names(of: Family, model: MetaModel) -> NameMap:
+    """The model's tensors; those of frozen parts that the family does not know (a teacher) stay behind."""
+    names = NameMap.of(of.names, model, strict=False)
+    frozen = tuple(f"{path}." for path in frozen_parts(model))
+    lost = [name for name in names.left if not name.startswith(frozen)]
+    if lost:
+        raise UserError(f"{of.architecture} has no place for '{lost[0]}' (of {len(lost)} such tensors).")
+    return names
+
+
+def _source(cfg: RunConfig) -> tuple[Folder | None, list[str]]:
+    """The folder that the run began from, if it is still there."""
+    where = cfg.init.from_ if cfg.init is not None else None
+    if where is None:
+        return None, []
+    try:
+        found = find_folder(where, "init.from", download=False)
+    except FolderMissing as error:
+        return None, [f"{error} Its config.json and tokenizer are not copied."]
+    return found, []
+
+
+def _dtype(name: str, saved: tuple[torch.dtype, bool], asked: torch.dtype | None, source: Folder | None) -> torch.dtype:
+    dtype, is_parameter = saved
+    if asked is not None and is_parameter and dtype.is_floating_point:
+        return asked
+    return source.tensors[name].dtype if source is not None and name in source.tensors and asked is None else dtype
+
+
+def _config(cfg: RunConfig, model: MetaModel, of: Family, source: Folder | None, dtype: torch.dtype) -> dict[str, Any]:
+    """``config.json``: what follows from the model, and the rest as the folder had it that the run began from."""
+    ours = of.describe(model)
+    name = str(dtype).removeprefix("torch.")
+    if source is not None and source.model_type == of.model_type:
+        there = of.normal(source.config)
+        changed = {field: value for field, value in ours.items() if there.get(field) != value}
+        old = {"torch_dtype"} & set(source.config)
+        return {**source.config, **changed, (old.pop() if old else "dtype"): name}
+    config = {"architectures": [of.architecture], "model_type": of.model_type, **ours, "dtype": name}
+    train = cfg.to_dict()["data"]["train"]
+    length = (train.get("pack") or {}).get("length")
+    return config if length is None else {**config, "max_position_embeddings": length}
+
+
+def _write_tokenizer(cfg: RunConfig, out: Path, config: dict[str, Any]) -> list[str]:
+    """The tokenizer of the run's data, and its end token in ``config``."""
+    process = cfg.to_dict()["data"]["train"].get("process") or {}
+    if not isinstance(process.get("tokenizer"), str):
+        return ["the run's data names no tokenizer: none is written"]
+    tokenizer = TextTokenizer(process["tokenizer"], config["vocab_size"], process.get("end"))
+    if tokenizer.is_bytes:
+        config["eos_token_id"] = tokenizer.end_id
+        return ["the tokenizer is bytes, which have no tokenizer.json: none is written"]
+    try:
+        tokenizer.write(out)
+    except UserError as error:
+        return [f"no tokenizer is written: {error}"]
+    config["eos_token_id"] = tokenizer.end_id
+    return []
+
+
+# ---- and back --------------------------------------------------------------------------------------------------------------
+
+
+def import_folder(folder: str, config: str | Path, out: str | Path, overrides: Sequence[str] = ()) -> list[str]:
+    """A run's directory ``out`` with the weights of a folder as its checkpoint of step 0, which ``init.from`` and ``load`` read.
+
+    Every rank of a launcher calls it; each reads and writes its shards.
+
+    Raises:
+        UserError: the folder does not fit the config's model.
+    """
+    cfg = RunConfig.from_file(config, overrides)
+    strict, of = (True, None) if cfg.init is None else (cfg.init.strict, cfg.init.family)
+    cfg.init = Init(from_=folder, strict=strict, family=of)
+    cfg.run.dir, cfg.run.name = str(Path(out).parent), Path(out).name
+    mesh = build_mesh(cfg.mesh_axes())
+    model = load(cfg, mesh=mesh).model
+    run_dir = start_run(cfg)
+    tensors = {f"model/{name}": tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    checkpointer = Checkpointer(run_dir / "checkpoints", asynchronous=False)
+    frozen = {path: part.loaded_from for path, part in frozen_parts(model).items()}
+    checkpointer.save(0, tensors, {"step": 0, "config": cfg.to_dict(), "frozen": frozen})
+    checkpointer.close()
+    return [f"{run_dir}: {len(tensors)} tensors of {folder}, as the checkpoint of step 0"]
