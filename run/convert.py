@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     there.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
     there.add_argument("--ema", action="store_true", help="the averaged weights")
     there.add_argument(
-        "--adapters", action="store_true", help="the run's LoRA adapters alone, as PEFT reads them (default: merged into the weights)"
+        "--adapters", action="store_true", help="the run's LoRA adapters alone, as PEFT reads them (default: merged)"
     )
     there.add_argument(
         "--dtype", choices=DTYPES, help="of the weights (default: as in the folder that the run began from, else as saved)"

@@ -102,7 +102,7 @@ def export_adapters(
     cfg = RunConfig.from_file(run / "config.yaml")
     if cfg.lora is None or cfg.lora.train:
         what = "trained more than adapters (lora.train)" if cfg.lora else "has no `lora`"
-        raise UserError(f"--adapters: the run in {run} {what}. Leave it out: to-hf then writes the whole model, adapters merged.")
+        raise UserError(f"--adapters: the run in {run} {what}. Leave it out: to-hf writes the whole model, adapters merged.")
     checkpoints, newest = find_checkpoint(str(run), "--run")
     model = _meta_model(cfg)
     of = family(family_name) if family_name else family_of(model)
@@ -116,8 +116,8 @@ def export_adapters(
 
 
 class _Saved(Mapping[str, Tensor]):
-    """A model's tensors as a checkpoint holds them, adapters merged, read when they are asked for. Stacks are asked for once for each of their
-    tensors: the last few are kept."""
+    """A model's tensors as a checkpoint holds them, adapters merged, read when they are asked for. Stacks are asked for once
+    for each of their tensors: the last few are kept."""
 
     def __init__(self, model: nn.Module, names: NameMap, whole: WholeTensors, ema: bool) -> None:
         averaged = {name for name, p in model.named_parameters() if ema and p.requires_grad}
@@ -140,7 +140,8 @@ class _Saved(Mapping[str, Tensor]):
         value = self._whole.read([key])[key]
         if name in self._adapters:
             path = name.removesuffix(".weight")
-            value = merge({name: value} | {n: self[n] for n in (f"{path}.lora_a", f"{path}.lora_b")}, self._adapters[name].scaling)[name]
+            both = {n: self[n] for n in (f"{path}.lora_a", f"{path}.lora_b")}
+            value = merge({name: value, **both}, self._adapters[name].scaling)[name]
         if len(self._names.pieces.get(name, ())) > 1:
             self._kept[name] = value
             while len(self._kept) > 3:  # gate, up and down of one layer
