@@ -289,9 +289,9 @@ class Checkpointer:
         self.wait()
         return self._on_main(lambda: next(iter(whole_steps(self.directory)), None))
 
-    def names(self, step: int) -> set[str]:
-        """The tensors that the checkpoint of ``step`` holds."""
-        return set(_read_index(self.directory / _name(step)))
+    def dtypes(self, step: int) -> dict[str, torch.dtype]:
+        """The tensors that the checkpoint of ``step`` holds, and their dtypes."""
+        return {name: _dtype(entry) for name, entry in _read_index(self.directory / _name(step)).items()}
 
     def load(self, step: int, tensors: Mapping[str, Tensor], *, partial: bool = False) -> dict[str, Any]:
         """Fill ``tensors`` in place from the checkpoint of ``step``, saved on any mesh; returns its ``state``.

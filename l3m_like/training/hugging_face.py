@@ -77,8 +77,8 @@ def fit(model: nn.Module, folder: Folder, family: Family, setting: str, *, stric
         shapes = {t: folder.tensors[t].shape for p in pieces if (t := p.theirs) in folder.tensors}
         other = [t for t, shape in shapes.items() if shape != names.shapes[t]]
         if missing:
-            hint = did_you_mean(missing[0], set(folder.tensors) - set(names.shapes))
-            wrong_tensors.append(f"it holds no '{missing[0]}', needed for '{name}'. {hint}")
+            near = did_you_mean(missing[0], set(folder.tensors) - set(names.shapes)) if len(wrong_tensors) < SHOWN else ""
+            wrong_tensors.append(f"it holds no '{missing[0]}', needed for '{name}'. {near}")
         elif other:
             shape = f"{list(shapes[other[0]])} there and {list(names.shapes[other[0]])} here"
             wrong_tensors.append(f"'{other[0]}', needed for '{name}', is {shape}.")
@@ -87,7 +87,8 @@ def fit(model: nn.Module, folder: Folder, family: Family, setting: str, *, stric
     known = set(names.shapes) | names.tied
     unexpected = [name for name in folder.tensors if name not in known and not family.ignores(name)]
     for name in unexpected:
-        wrong_tensors.append(f"it holds '{name}', for which the model has no place. {did_you_mean(name, names.shapes)}")
+        near = did_you_mean(name, names.shapes) if len(wrong_tensors) < SHOWN else ""
+        wrong_tensors.append(f"it holds '{name}', for which the model has no place. {near}")
     if strict and wrong_tensors:
         raise UserError(
             f"{setting} = {folder.path} does not fit the model (init.strict: false takes what fits):{_listed(wrong_tensors)}"

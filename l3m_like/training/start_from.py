@@ -9,12 +9,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from l3m_like.config.schema import Init
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.meta_model import Frozen, MetaModel, Tower
+from l3m_like.distributed.gradients import local
 from l3m_like.pretrained.families import family
 from l3m_like.pretrained.folder import Folder, find_folder
 from l3m_like.training.checkpoint import Checkpointer
@@ -71,8 +73,8 @@ class Start:
         of = family(self.family or folder.model_type)
         return fit(self.module, folder, of, self.setting, strict=self.strict, without=self.without)
 
-    def load(self) -> None:
-        """Fill the part's (materialised, sharded) parameters and buffers."""
+    def load(self) -> bool:
+        """Fill the part's (materialised, sharded) parameters and buffers. Were all of them there?"""
         folder = self.folder()
         if folder is None:
             loaded, left = self._load_checkpoint()
@@ -85,6 +87,7 @@ class Start:
         for path, part in frozen_parts(self.module).items():
             if all(f"{path}.{name}" in loaded for name, _ in part.named_parameters()):
                 part.loaded_from = self.where
+        return all(name in loaded for name, _ in self.module.named_parameters())
 
     def _load_checkpoint(self) -> tuple[Collection[str], list[str]]:
         """(names that were filled, what was not, in words)."""
@@ -94,7 +97,7 @@ class Start:
         tensors = {name: t for name, t in tensors.items() if not name.startswith(tuple(f"{path}." for path in self.without))}
         left: list[str] = []
         with contextlib.closing(Checkpointer(folder)) as checkpointer:
-            stored = checkpointer.names(step)
+            stored = checkpointer.dtypes(step)
             begin_here = {name for name in adapter_names(self.module) if f"model/{name}" not in stored}
             tensors = {name: tensor for name, tensor in tensors.items() if name not in begin_here}
             if not self.strict:
@@ -102,7 +105,14 @@ class Start:
                 tensors = {name: tensor for name, tensor in tensors.items() if f"model/{name}" in stored}
                 if not tensors:
                     raise UserError(f"{self.setting} = {self.where}: none of the model's parameters is there.")
-            checkpointer.load(step, {f"model/{name}": tensor for name, tensor in tensors.items()}, partial=True)
+            read = {}
+            for name, tensor in tensors.items():  # a frozen part may have another dtype than the run that trained it
+                dtype = stored.get(f"model/{name}", tensor.dtype)
+                read[name] = tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
+            checkpointer.load(step, {f"model/{name}": tensor for name, tensor in read.items()}, partial=True)
+        for name, tensor in tensors.items():
+            if read[name] is not tensor:
+                local(tensor).copy_(local(read[name]))
         return tensors, left
 
 
@@ -128,9 +138,9 @@ def starts(model: nn.Module, init: Init) -> list[Start]:
 def load_weights(model: nn.Module, init: Init) -> None:
     """Fill the (materialised, sharded) parameters and buffers of ``model`` as ``init`` says, whatever mesh it is on."""
     for start in starts(model, init):
-        start.load()
+        whole = start.load()
         part = model.get_submodule(start.path)
-        if isinstance(part, Frozen):
+        if whole and isinstance(part, Frozen):
             part.loaded_from = start.where
 
 

@@ -145,7 +145,7 @@ def test_finetuning_begins_at_the_reference_loss(folders, tmp_path) -> None:
 # ---- parts ---------------------------------------------------------------------------------------------------------------
 
 
-def with_teacher(where: Path, **init: Any) -> RunConfig:
+def with_teacher(where: Path, dtype: str | None = None, **init: Any) -> RunConfig:
     """A model of the family llama with a frozen one beside its embedding, which nothing else reads."""
     tree = config("llama", None, f"run.dir={where}", "run.name=student", "checkpoint.every=null").to_dict()
     model = tree["model"]
@@ -154,6 +154,7 @@ def with_teacher(where: Path, **init: Any) -> RunConfig:
     teacher["trunk"] |= {"reads": {"tokens": "teacher_tokens"}, "writes": {"hidden": "teacher_hidden"}}
     teacher["head"] |= {"reads": {"hidden": "teacher_hidden"}, "writes": {"logits": "teacher_logits"}}
     frozen = {"_target_": "l3m_like.core.Frozen", "model": {"_target_": "l3m_like.core.MetaModel", "stream": "text", **teacher}}
+    frozen["dtype"] = dtype
     model["preprocessor"] = {"embed": model["preprocessor"], "teacher": frozen}
     tree["keep"] = ["teacher_logits"]
     return RunConfig.from_dict(tree | {"init": init})
@@ -174,10 +175,10 @@ def test_parts_have_folders_of_their_own(folders, tmp_path) -> None:
 def test_a_part_alone_and_a_run_as_its_source(folders, tmp_path) -> None:
     """The student is random; its teacher is a run that began from the folder."""
     trained(folders["llama"], str(tmp_path), "optim.lr=0")
-    alone = with_teacher(tmp_path, parts={"preprocessor.teacher": str(tmp_path / "llm")})
+    alone = with_teacher(tmp_path, "bfloat16", parts={"preprocessor.teacher": str(tmp_path / "llm")})
     model = l3m_like.load(alone).model
     theirs = reference("llama")
-    assert torch.equal(model.preprocessor["teacher"].model.head.proj.weight, theirs.lm_head.weight)
+    assert torch.equal(model.preprocessor["teacher"].model.head.proj.weight, theirs.lm_head.weight.bfloat16())
     assert not torch.equal(model.head.proj.weight, theirs.lm_head.weight)
     l3m_like.train(alone)
     state = json.loads(next((tmp_path / "student" / "checkpoints").glob("step_*/state.json")).read_text())
@@ -188,6 +189,8 @@ def test_a_forgotten_part_is_named(folders, tmp_path) -> None:
     whole = with_teacher(tmp_path, **{"from": str(folders["llama"])})
     with pytest.raises(UserError, match="if preprocessor.teacher has weights of its own, name them in init.parts"):
         l3m_like.load(whole)
+    model = l3m_like.load(with_teacher(tmp_path, **{"from": str(folders["llama"]), "strict": False})).model
+    assert model.preprocessor["teacher"].loaded_from is None
     wrong = with_teacher(tmp_path, parts={"preprocessor.techer": "x"})
     with pytest.raises(UserError, match="init.parts: 'preprocessor.techer'.*Did you mean 'preprocessor.teacher'"):
         l3m_like.load(wrong)

@@ -30,9 +30,9 @@ class LanguageModelHead(ReadWriteBlock):
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
-    outputs = ("logits", "nll")
-    optional_outputs = ("logits", "nll")
-    inference_outputs = ("logits",)
+    outputs: tuple[str, ...] = ("logits", "nll")
+    optional_outputs: tuple[str, ...] = ("logits", "nll")
+    inference_outputs: tuple[str, ...] | None = ("logits",)
 
     def __init__(self, vocab_size: int, dim: int, norm_eps: float = 1e-6, **ports: Any) -> None:
         super().__init__(**ports)
