@@ -13,12 +13,16 @@ from torch import nn
 
 import l3m_like
 from l3m_like.config import RunConfig
-from l3m_like.config.schema import Lora
+from l3m_like.config.schema import Lora, Muon
 from l3m_like.core.errors import UserError
+from l3m_like.core.wiring import parts_of
 from l3m_like.layers import LoRALinear, joint_linear
 from l3m_like.pretrained.lora import import_peft, merge
+from l3m_like.training.build import build_model
+from l3m_like.training.check import examine
 from l3m_like.training.checkpoint import load_full
 from l3m_like.training.export import export, export_adapters
+from l3m_like.training.optim import routes
 from tests.distributed.recorder import Record, experiment, recorded, world_size
 from tests.distributed.test_parity import compare, one_gradient_halved
 from tests.parity.rule import check_values, perturb
@@ -136,6 +140,23 @@ def test_goes_on_as_if_never_stopped(runs: Path) -> None:
     assert set(whole) == set(resumed)
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_check_counts_what_trains(runs: Path) -> None:
+    cfg = RunConfig.from_dict(tree(runs, "tuned", init={"from": str(runs / "base")}, lora={"layers": LAYERS, "rank": 4}))
+    report = examine(cfg)
+    tuned = saved(runs, "tuned")
+    added = sum(tensor.numel() for name, tensor in tuned.items() if name.startswith("model/") and "lora" in name)
+    assert report.code == 0 and report.numbers["trainable"] == added
+    assert report.numbers["flops_per_step"] is None and "frozen (lora)" in str(report)
+
+
+def test_muon_takes_adapters() -> None:
+    cfg = experiment("llm")
+    cfg.lora = Lora(layers=LAYERS, rank=4)
+    model = build_model(cfg)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 24 and {route.to for route in routes(trained, parts_of(model), Muon())} == {"muon"}
 
 
 IDS = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(3))
