@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -62,6 +63,8 @@ def test_dropout_is_on_the_adapter_alone() -> None:
     layer, x = adapted(dropout=1.0), torch.randn(4, 6, dtype=torch.float64)
     check_values(layer.train()(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert not torch.allclose(layer.eval()(x), layer.train()(x))
+    with pytest.raises(UserError, match="lora.dropout = 1.0 is not built for tensor parallelism"):
+        layer.tp_cuts("colwise")
 
 
 # ---- on a mesh -----------------------------------------------------------------------------------------------------------
@@ -115,11 +118,12 @@ def saved(folder: Path, name: str) -> dict[str, torch.Tensor]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base``, and ``tuned`` from it with adapters; ``resumed`` likewise, in two goes."""
     folder = tmp_path_factory.mktemp("runs")
-    l3m_like.train(tree(folder, "base", steps=1))
     start = {"init": {"from": str(folder / "base")}, "lora": {"layers": LAYERS, "rank": 4}}
-    l3m_like.train(tree(folder, "tuned", **start))
-    for steps in (2, 3):
-        l3m_like.train(tree(folder, "resumed", steps=steps, **start))
+    with mock.patch("l3m_like.training.report.write_report", lambda *args: None):  # a second of matplotlib
+        l3m_like.train(tree(folder, "base", steps=1))
+        l3m_like.train(tree(folder, "tuned", **start))
+        for steps in (2, 3):
+            l3m_like.train(tree(folder, "resumed", steps=steps, **start))
     return folder
 
 
