@@ -68,19 +68,17 @@ def family(name: str) -> Family:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The one family that ``model`` is of.
+    """The first family that ``model`` is of (a Mistral without a window is a Llama).
 
     Raises:
-        UserError: none is, or more than one; with what each of them says.
+        UserError: none is; with what each of them says.
     """
-    found, refused = [], []
+    refused = []
     for name in MODULES:
         try:
             family(name).describe(model)
-            found.append(name)
         except UserError as error:
             refused.append(f"\n  {name}: {error}")
-    if len(found) == 1:
-        return family(found[0])
-    what = f"it could be {' or '.join(found)}" if found else f"it is none of those that are known:{''.join(refused)}"
-    raise UserError(f"the family of this model must be named: {what}")
+        else:
+            return family(name)
+    raise UserError(f"the family of this model must be named; it is none of those that are known:{''.join(refused)}")

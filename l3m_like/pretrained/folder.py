@@ -249,7 +249,7 @@ def _write_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, 
 
 
 def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
+    return values.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def small_files(path: Path) -> Iterable[Path]:

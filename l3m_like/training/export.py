@@ -71,7 +71,7 @@ def export(
     source, notes = _source(cfg)
     chosen = family_name or (cfg.init.family if cfg.init else None) or (source.model_type if source else None)
     of = family(chosen) if chosen else family_of(model)
-    names = _names(of, model)
+    names = _names(of, model, whole)
     tensors = _Saved(model, names, whole, ema)
     layout = {
         name: (_dtype(name, tensors.dtype(names.theirs[names.copies.get(name, name)][0].ours), dtype, source), shape)
@@ -167,13 +167,18 @@ def _meta_model(cfg: RunConfig) -> MetaModel:
     return model
 
 
-def _names(of: Family, model: MetaModel) -> NameMap:
-    """The model's tensors; those of frozen parts that the family does not know (a teacher) stay behind."""
+def _names(of: Family, model: MetaModel, whole: WholeTensors) -> NameMap:
+    """The model's tensors; those of frozen parts that the family does not know (a teacher) stay behind.
+
+    Raises:
+        UserError: anything else that the checkpoint holds of the model would be lost.
+    """
     names = NameMap.of(of.names, model, strict=False)
     frozen = tuple(f"{path}." for path in frozen_parts(model))
-    lost = [name for name in names.left if not name.startswith(frozen)]
+    held = [key.removeprefix("model/") for key in whole.index if key.startswith("model/")]
+    lost = [name for name in held if name not in names.pieces and not name.startswith(frozen)]
     if lost:
-        raise UserError(f"{of.architecture} has no place for '{lost[0]}' (of {len(lost)} such tensors).")
+        raise UserError(f"{of.architecture} has no place for '{lost[0]}', one of {len(lost)} such tensors of {whole.path}.")
     return names
 
 

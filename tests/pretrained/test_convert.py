@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,16 @@ def test_a_dtype_that_was_asked_for(run, tmp_path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
-def test_the_tokenizer_of_the_run_goes_along(tmp_path) -> None:
+def changed(run: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a run whose config says something else."""
+    shutil.copytree(run, to)
+    tree = yaml.safe_load((to / "config.yaml").read_text())
+    change(tree)
+    (to / "config.yaml").write_text(yaml.safe_dump(tree))
+    return to
+
+
+def test_the_tokenizer_of_the_run_goes_along(run, tmp_path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     letters = {chr(97 + i): i for i in range(26)} | {"</s>": 26, "[UNK]": 27}
@@ -125,8 +136,9 @@ def test_the_tokenizer_of_the_run_goes_along(tmp_path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(tmp_path / "letters.json"))
-    made(str(tmp_path), f"tokenizer={tmp_path / 'letters.json'}", "vocab_size=28", "sample=null")
-    assert convert("to-hf", "--run", tmp_path / "llm", "--out", tmp_path / "out") == 0
+    process = {"tokenizer": str(tmp_path / "letters.json")}
+    other = changed(run, tmp_path / "run", lambda tree: tree["data"]["train"]["process"].update(process))
+    assert convert("to-hf", "--run", other, "--out", tmp_path / "out") == 0
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs("abc")["input_ids"] == [0, 1, 2] and theirs.eos_token_id == 26
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 26
@@ -134,20 +146,24 @@ def test_the_tokenizer_of_the_run_goes_along(tmp_path) -> None:
 
 def test_what_cannot_be_converted(run, tmp_path, capsys) -> None:
     def error(*words: Any) -> str:
-        assert convert(*words) == 1
+        assert convert(*words, "--out", tmp_path / "x") == 1
         return capsys.readouterr().err
 
-    to = ("to-hf", "--run", run, "--out")
-    assert "is there already. Give the name of a new folder" in error(*to, run)
-    assert "write a number of bytes, e.g. 500M" in error(*to, tmp_path / "x", "--max-shard-size", "many")
-    assert "no family for model_type 'qwen4'" in error(*to, tmp_path / "x", "--family", "qwen4")
-    assert "its attention has a qk_norm; set qk_norm: false" in error(*to, tmp_path / "x", "--family", "llama")
-    assert "cannot be used: it does not exist. Whole ones: steps 2" in error(*to, tmp_path / "x", "--step", 7)
-    assert "is no run's directory" in error("to-hf", "--run", tmp_path, "--out", tmp_path / "x")
+    of = ("to-hf", "--run")
+    assert "write a number of bytes, e.g. 500M" in error(*of, run, "--max-shard-size", "many")
+    assert "no family for model_type 'qwen4'" in error(*of, run, "--family", "qwen4")
+    assert "its attention has a qk_norm; set qk_norm: false" in error(*of, run, "--family", "llama")
+    assert "cannot be used: it does not exist. Whole ones: steps 2" in error(*of, run, "--step", 7)
+    assert "is no run's directory" in error(*of, tmp_path)
+    plain = changed(run, tmp_path / "plain", lambda tree: tree.update(ema=None))
+    assert "kept no average" in error(*of, plain, "--ema")
+    mlp = {"_target_": "l3m_like.layers.MLP"}
+    other = changed(run, tmp_path / "mlp", lambda tree: tree["model"]["trunk"]["layer"]["mlp"].update(mlp))
+    assert "it is none of those that are known:\n  llama: layer 0 is no" in error(*of, other)
+    less = changed(run, tmp_path / "less", lambda tree: tree["model"]["trunk"].update(num_layers=1))
+    assert "Qwen3ForCausalLM has no place for 'trunk.layers.1" in error(*of, less)
     assert not (tmp_path / "x").exists()
-    made(str(tmp_path), "run.name=plain", "ema=null")
-    assert "kept no average" in error("to-hf", "--run", tmp_path / "plain", "--out", tmp_path / "x", "--ema")
-    made(str(tmp_path), "run.name=full", "model.trunk.layer.mlp._target_=l3m_like.layers.MLP")
-    assert "it is none of those that are known:\n  llama: layer 0 is no" in error(
-        "to-hf", "--run", tmp_path / "full", "--out", tmp_path / "x"
-    )
+    more = changed(run, tmp_path / "more", lambda tree: tree["model"]["trunk"].update(num_layers=3))
+    assert "holds no tensor 'model/trunk.layers.2" in error(*of, more)
+    assert not (tmp_path / "x" / "config.json").exists(), "half a folder is none"
+    assert "is there already. Give the name of a new folder" in error(*of, run)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError
 from l3m_like.pretrained import NameMap, Source, export_state, family, family_of, import_state
+from tests.pretrained.tiny import config
 
 TEMPLATES = {
     "embed.weight": Source("wte", copies=("copy.of.wte",)),
@@ -138,3 +139,5 @@ def test_families_are_found_by_model_type() -> None:
         family("l3m_like.pretrained.llama.decoder")
     with pytest.raises(UserError, match="none of those that are known:\n  llama: it has no TokenEmbed"):
         family_of(nn.Linear(1, 1))
+    assert family_of(config("mistral", None).instantiate("model")).model_type == "mistral"
+    assert family_of(config("mistral", None, "window=null").instantiate("model")).model_type == "llama"
