@@ -39,7 +39,7 @@ def close(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("chunk", [4, 5, 18, None])
+@pytest.mark.parametrize("chunk", [5, None])
 @pytest.mark.parametrize("upstream", ["sum", "tokens"])
 @pytest.mark.parametrize("divergence", KINDS, ids=str)
 def test_equals_the_definition(divergence: Divergence, upstream: str, chunk: int | None) -> None:
