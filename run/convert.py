@@ -3,6 +3,7 @@
     python run/convert.py from-hf Qwen3-0.6B --config configs/experiment/qwen3_0.6b.yaml --out runs/start
     python run/convert.py to-hf --run runs/llm --out exported --dtype bf16
     python run/convert.py to-hf --run runs/llm --out exported --step 2000 --ema --max-shard-size 2G
+    python run/convert.py to-hf --run runs/tuned --out adapter --adapters
 
 from-hf is seldom needed: `init.from=FOLDER` in any run reads a folder directly. It may run on many processes (torchrun), each of
 which reads and writes its own shards. to-hf runs in one process, reads a checkpoint of any mesh, and holds one tensor at a time.
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     there.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
     there.add_argument("--ema", action="store_true", help="the averaged weights")
     there.add_argument(
+        "--adapters", action="store_true", help="the run's LoRA adapters alone, as PEFT reads them (default: merged)"
+    )
+    there.add_argument(
         "--dtype", choices=DTYPES, help="of the weights (default: as in the folder that the run began from, else as saved)"
     )
     there.add_argument("--max-shard-size", default="5G", metavar="BYTES", help="of a file: 500M, 5G (default: 5G)")
@@ -70,8 +74,10 @@ def from_hf(args: argparse.Namespace, settings: list[str]) -> list[str]:
 def to_hf(args: argparse.Namespace) -> list[str]:
     import torch
 
-    from l3m_like.training.export import export
+    from l3m_like.training.export import export, export_adapters
 
+    if args.adapters:
+        return export_adapters(args.run, args.out, step=args.step, ema=args.ema, family_name=args.family)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     most = parse_size(args.max_shard_size)
     return export(args.run, args.out, step=args.step, ema=args.ema, dtype=dtype, most=most, family_name=args.family)

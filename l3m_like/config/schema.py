@@ -387,6 +387,7 @@ class Lora:
     alpha: float = setting(16.0, "The adapters' factor is alpha / rank.", above=0)
     rank_stabilized: bool = setting(False, "The factor is alpha / sqrt(rank) instead.")
     dropout: float = setting(0.0, "Probability, on the adapters' inputs.", at_least=0, at_most=1)
+    from_: str | None = setting(None, "A PEFT folder whose adapters they start as. null: as ones that do nothing.", key="from")
     train: list[str] = setting([], "Glob patterns of further parameters that are trained; everything else is frozen.")
     random_weights: bool = setting(False, "Accept that no weights are loaded into the frozen model (tests).")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class LoRALinear(nn.Linear):
         self.rank = rank
         self.scaling = alpha / (math.sqrt(rank) if rank_stabilized else rank)
         self.dropout = dropout
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.lora_b = nn.Parameter(torch.empty(base.out_features, rank, **like))
 

@@ -49,7 +49,8 @@ class SwiGLU(nn.Module):
         return {"gate": "colwise", "up": "colwise", "down": "rowwise"}
 
     def init_spec(self) -> dict[str, Init]:
-        return {f"{name}.weight": self.weight_init for name in ("gate", "up")} | {"down.weight": self.out_init or self.weight_init}
+        inner = self.weight_init
+        return {"gate.weight": inner, "up.weight": inner, "down.weight": self.out_init or inner}
 
 
 class MLP(nn.Module):

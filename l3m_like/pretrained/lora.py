@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from l3m_like.core.errors import UserError
+from l3m_like.pretrained.name_map import NameMap
 
 _PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -44,6 +45,17 @@ def merge(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
     return merged
 
 
+def layer_paths(names: NameMap) -> dict[str, str]:
+    """``{path of a linear layer of ours: its path in the published format}``, of those that are a layer of their own there."""
+    found = {}
+    for name, pieces in names.pieces.items():
+        source, theirs = pieces[0].source, pieces[0].theirs
+        own = source.parts == 1 and source.shape is None and source.stack is None and not source.transpose
+        if own and name.endswith(".weight") and theirs.endswith(".weight"):
+            found[name.removesuffix(".weight")] = theirs.removesuffix(".weight")
+    return found
+
+
 def export_peft(
     folder: str | Path,
     state: Mapping[str, Tensor],
@@ -59,7 +71,7 @@ def export_peft(
     Args:
         folder: is made; files of these names in it are replaced.
         state: ``{parameter name: whole tensor}``; what is no adapter is left alone.
-        paths: ``{path of a linear layer of ours: its path in the published format}``.
+        paths: see ``layer_paths``.
         alpha, rank_stabilized, dropout: as the run's `lora` section has them.
         base: name or folder of the base model, noted for PEFT.
 

@@ -337,7 +337,8 @@ class PlainLoop:
 
     def __init__(self, cfg: RunConfig, mesh: Mesh, path: Path) -> None:
         with torch.device("meta"):
-            model, losses = build_model(cfg), cfg.instantiate("loss")
+            model: Any = build_model(cfg)
+            losses = cfg.instantiate("loss")
         covered = {
             "one process": mesh.world_size == 1,
             "parallel.precision=fp32": cfg.parallel.precision == "fp32",

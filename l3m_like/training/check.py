@@ -436,8 +436,8 @@ def _gb(size: int) -> str:
 
 def _flops_section(cfg: RunConfig, run: Plan, dp_size: int) -> tuple[Section, dict[str, Any]]:
     per_step = StepFlops(run.trace, cfg.parallel.checkpoint)
-    if per_step.undeclared:
-        note = f"not known: {', '.join(per_step.undeclared)} have parameters but no flops(...). MFU will not be reported."
+    if per_step.unknown:
+        note = f"not known: {per_step.unknown}. MFU will not be reported."
         return Section("FLOPs", notes=[note]), {"flops_per_step": None, "flops_per_unit": None}
     work = per_step.of([{}])
     assert work is not None

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from l3m_like.config import RunConfig, start_run
 from l3m_like.config.schema import Init
 from l3m_like.core.errors import UserError
-from l3m_like.core.meta_model import MetaModel, as_model
+from l3m_like.core.meta_model import MetaModel
 from l3m_like.data.tokenizer import TextTokenizer
 from l3m_like.distributed.mesh import build_mesh
 from l3m_like.pretrained.families import Family, family, family_of
 from l3m_like.pretrained.folder import CONFIG, Folder, FolderMissing, find_folder, small_files, write_folder, write_json
+from l3m_like.pretrained.lora import export_peft, layer_paths, merge
 from l3m_like.pretrained.name_map import NameMap, export_tensor
+from l3m_like.training.build import build_model
 from l3m_like.training.checkpoint import Checkpointer, WholeTensors
 from l3m_like.training.load import load
+from l3m_like.training.lora import adapter_names, adapters
 from l3m_like.training.start_from import find_checkpoint, frozen_parts
 
 # ---- there -----------------------------------------------------------------------------------------------------------------
@@ -87,14 +90,41 @@ def export(
     return [*notes, f"{out}: {of.architecture}, {len(layout)} tensors, {size:,} bytes, of {whole.path}"]
 
 
+def export_adapters(
+    run: str | Path, out: str | Path, *, step: int | None = None, ema: bool = False, family_name: str | None = None
+) -> list[str]:
+    """Write the adapters of a run alone, as a PEFT folder; arguments, and what it returns, as ``export``.
+
+    Raises:
+        UserError: no such run or step; a run without `lora`, or that trained more than adapters; as ``export``.
+    """
+    run = Path(run)
+    cfg = RunConfig.from_file(run / "config.yaml")
+    if cfg.lora is None or cfg.lora.train:
+        what = "trained more than adapters (lora.train)" if cfg.lora else "has no `lora`"
+        raise UserError(f"--adapters: the run in {run} {what}. Leave it out: to-hf writes the whole model, adapters merged.")
+    checkpoints, newest = find_checkpoint(str(run), "--run")
+    model = _meta_model(cfg)
+    of = family(family_name) if family_name else family_of(model)
+    names = _names(of, model)
+    saved = _Saved(model, names, WholeTensors(checkpoints, newest if step is None else step), ema)
+    state = {name: saved[name] for name in sorted(adapter_names(model))}
+    lora, base = cfg.lora, cfg.init.from_ if cfg.init is not None else None
+    shape = {"alpha": lora.alpha, "rank_stabilized": lora.rank_stabilized, "dropout": lora.dropout}
+    export_peft(out, state, layer_paths(names), **shape, base=base)
+    return [f"{out}: {len(state) // 2} adapters of rank {lora.rank} of {of.architecture}"]
+
+
 class _Saved(Mapping[str, Tensor]):
-    """A model's tensors as a checkpoint holds them, read when they are asked for. Stacks are asked for once for each of their
-    tensors: the last few are kept."""
+    """A model's tensors as a checkpoint holds them, adapters merged, read when they are asked for. Stacks are asked for once
+    for each of their tensors: the last few are kept."""
 
     def __init__(self, model: nn.Module, names: NameMap, whole: WholeTensors, ema: bool) -> None:
         averaged = {name for name, p in model.named_parameters() if ema and p.requires_grad}
         self._buffers = {name for name, _ in model.named_buffers()}
-        self._keys = {name: f"{'ema' if name in averaged else 'model'}/{name}" for name in names.pieces}
+        stored = [*names.pieces, *adapter_names(model)]
+        self._keys = {name: f"{'ema' if name in averaged else 'model'}/{name}" for name in stored}
+        self._adapters = {f"{path}.weight": layer for path, layer in adapters(model).items()}
         self._names, self._whole = names, whole
         self._kept: dict[str, Tensor] = {}
 
@@ -108,7 +138,11 @@ class _Saved(Mapping[str, Tensor]):
             return self._kept[name]
         key = self._keys[name]
         value = self._whole.read([key])[key]
-        if len(self._names.pieces[name]) > 1:
+        if name in self._adapters:
+            path = name.removesuffix(".weight")
+            both = {n: self[n] for n in (f"{path}.lora_a", f"{path}.lora_b")}
+            value = merge({name: value, **both}, self._adapters[name].scaling)[name]
+        if len(self._names.pieces.get(name, ())) > 1:
             self._kept[name] = value
             while len(self._kept) > 3:  # gate, up and down of one layer
                 del self._kept[next(iter(self._kept))]
@@ -125,8 +159,9 @@ class _Saved(Mapping[str, Tensor]):
 
 
 def _meta_model(cfg: RunConfig) -> MetaModel:
-    with torch.device("meta"):
-        model = as_model(cfg.instantiate("model"))
+    if cfg.mup is not None:
+        raise UserError("the run has `mup`: no config.json has a place for its factors of outputs and scores.")
+    model = build_model(cfg)
     if not isinstance(model, MetaModel):
         raise UserError("the model of the run is a series of MetaModels, which no Hugging Face folder holds.")
     return model

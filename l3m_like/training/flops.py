@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from l3m_like.core.meta_model import Frozen
 from l3m_like.core.wiring import Trace
@@ -46,6 +47,10 @@ class StepFlops:
     def __init__(self, trace: Trace, checkpointing: str | int = "none") -> None:
         self.trace = trace
         self.undeclared = trace.undeclared()
+        self.unknown = f"{', '.join(self.undeclared)} have parameters but no flops(...)" if self.undeclared else None
+        if any(_partly_frozen(block) for block, _ in trace.flops_by_block()):
+            # a frozen matrix has no gradient to compute: less than two forward passes, by how much no block says
+            self.unknown = "some matrices of trained blocks are frozen (lora)"
         every = 1 if checkpointing == "full" else checkpointing if isinstance(checkpointing, int) else None
         parts = {id(part): part for program in trace.wiring.programs for part in program.parts.values()}
         #: of the units that checkpointing wraps, in the order in which it takes every n-th
@@ -55,7 +60,7 @@ class StepFlops:
             self._again |= {id(unit) for unit in units[::every]}
 
     def of(self, micro: Iterable[Mapping[str, Any]]) -> Work | None:
-        if self.undeclared:
+        if self.unknown:
             return None
         model = recomputed = 0.0
         for batch in micro:
@@ -75,9 +80,14 @@ class StepFlops:
         """How MFU is counted, for a run's first lines, or why there is none; None where the devices' ``peak`` is not known."""
         if peak is None:
             return None
-        if self.undeclared:
-            return f"no MFU: {', '.join(self.undeclared)} have parameters but no flops(...)"
+        if self.unknown:
+            return f"no MFU: {self.unknown}"
         return f"{FORMULA}; peak {peak / 1e12:g} TFLOP/s"
+
+
+def _partly_frozen(block: nn.Module) -> bool:
+    trained = {parameter.requires_grad for parameter in block.parameters() if parameter.ndim > 1}
+    return not isinstance(block, Frozen) and False in trained
 
 
 def peak_flops(mesh: Mesh) -> float | None:

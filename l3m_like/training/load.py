@@ -21,6 +21,7 @@ from l3m_like.distributed.parallelize import DTYPES, parallelize
 from l3m_like.training.build import build_model
 from l3m_like.training.checkpoint import Checkpointer, DamagedCheckpoint, load_full, whole_steps
 from l3m_like.training.init import init_specs, initialize, materialize
+from l3m_like.training.lora import load_adapters
 from l3m_like.training.start_from import load_weights
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def load(
         part.eval()
     if checkpoints is None and cfg.init is not None:
         load_weights(model, cfg.init)
+    if checkpoints is None:
+        load_adapters(model, cfg.lora)
 
     # ---- its weights ---------------------------------------------------------------------------------------------
     if checkpoints is not None:

@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from l3m_like.config.run_config import RunConfig
 from l3m_like.config.schema import Lora
 from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import Frozen
+from l3m_like.distributed.gradients import local
 from l3m_like.layers.lora import LoRALinear
+from l3m_like.pretrained.families import family_of
+from l3m_like.pretrained.lora import import_peft, layer_paths
+from l3m_like.pretrained.name_map import NameMap
+from l3m_like.training.init import shard_index
 from l3m_like.training.optim.groups import matching
 
 
@@ -41,6 +47,30 @@ def add_adapters(model: nn.Module, settings: Lora) -> None:
         parameters = dict(model.named_parameters())
         for name in matching(settings.train, parameters, "lora.train"):
             parameters[name].requires_grad_(True)
+
+
+@torch.no_grad()
+def load_adapters(model: nn.Module, settings: Lora | None) -> None:
+    """Fill the adapters of ``model`` (materialised, sharded or not) from the PEFT folder that ``settings`` name, if they do.
+
+    Raises:
+        UserError: other adapters than those of the model.
+    """
+    if settings is None or settings.from_ is None:
+        return
+    names = NameMap.of(family_of(model).names, model, strict=False)
+    state, theirs = import_peft(settings.from_, layer_paths(names))
+    for name in ("rank", "alpha", "rank_stabilized"):
+        if theirs[name] != getattr(settings, name):
+            raise UserError(f"lora.{name} = {getattr(settings, name)}, but the adapters in {settings.from_} have {theirs[name]}.")
+    if other := sorted(set(state) ^ adapter_names(model)):
+        where = "the model" if other[0] in state else settings.from_
+        raise UserError(f"lora.from: {where} has no '{other[0]}'; lora.layers must name the layers that have adapters there.")
+    for name, parameter in model.named_parameters():
+        if name in state:
+            index = shard_index(parameter)
+            whole = state[name][torch.meshgrid(*index, indexing="ij")] if index[0].numel() else state[name][:0]
+            local(parameter).copy_(whole.view_as(local(parameter)))
 
 
 def refuse_random_base(cfg: RunConfig) -> None:

@@ -13,6 +13,8 @@ stays. Muon's updates have a norm of their own: see ``optim/width.py``.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from l3m_like.config.schema import Mup
@@ -32,7 +34,8 @@ def use_mup(model: nn.Module, settings: Mup) -> None:
     ratio = settings.width / settings.base_width
     frozen = {id(inner) for part in model.modules() if isinstance(part, Frozen) for inner in part.modules()}
     outputs = 0
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if id(module) in frozen:
             continue
         if hasattr(module, "set_output_factor"):

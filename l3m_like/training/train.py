@@ -42,7 +42,7 @@ from l3m_like.training.debug import Debug
 from l3m_like.training.evaluate import Evaluations, to_device
 from l3m_like.training.flops import StepFlops, peak_flops
 from l3m_like.training.init import init_specs, initialize, materialize, random_weights
-from l3m_like.training.lora import none_bypassed, refuse_random_base
+from l3m_like.training.lora import load_adapters, none_bypassed, refuse_random_base
 from l3m_like.training.optim import EMA, Guard
 from l3m_like.training.record import StepRecord, flush, watch_bad_samples, watch_bad_steps
 from l3m_like.training.report import Reporter
@@ -162,6 +162,8 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         part.train()
     if cfg.init is not None and not resumes:
         load_weights(run.model, cfg.init)
+    if not resumes:
+        load_adapters(run.model, cfg.lora)
 
     # ---- optimizers, state, data ---------------------------------------------------------------------------------
     trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}

@@ -39,7 +39,7 @@ def close(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("chunk", [4, 5, 18, None])
+@pytest.mark.parametrize("chunk", [5, None])
 @pytest.mark.parametrize("upstream", ["sum", "tokens"])
 @pytest.mark.parametrize("divergence", KINDS, ids=str)
 def test_equals_the_definition(divergence: Divergence, upstream: str, chunk: int | None) -> None:
@@ -55,10 +55,12 @@ def test_equals_the_definition(divergence: Divergence, upstream: str, chunk: int
 @pytest.mark.parametrize("divergence", KINDS[:4], ids=str)
 def test_gradcheck_of_the_top_k(divergence: Divergence) -> None:
     hidden, weight, teacher, teacher_weight, targets = inputs()
+    hidden, teacher, targets = hidden.detach()[:, 3:6, :3].requires_grad_(), teacher[:, 3:6], targets[:, 3:6]
+    weight = weight.detach()[:, :3].requires_grad_()
     top = linear_top_k(teacher, teacher_weight, 5)
     run = lambda h, w: linear_distillation_top_k(h, w, *top, targets, divergence, chunk_tokens=4)  # noqa: E731
     assert torch.autograd.gradcheck(run, (hidden, weight))
-    assert (run(hidden, weight)[targets == -100] == 0).all()
+    assert (targets == -100).any() and (run(hidden, weight)[targets == -100] == 0).all()
 
 
 def test_directions_on_two_bernoullis() -> None:

@@ -53,7 +53,7 @@ MESHES = [
     ("forward_kl", None, {"dp_shard": 2}),
     ("forward_kl", None, {"tp": 2}),
     ("forward_kl", None, {"micro": 2, "checkpoint": "full"}),
-    ("jensen_shannon", 5, {"dp_shard": 2}),
+    pytest.param("jensen_shannon", 5, {"dp_shard": 2}, marks=pytest.mark.slow),
 ]
 
 

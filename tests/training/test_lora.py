@@ -5,18 +5,25 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import l3m_like
 from l3m_like.config import RunConfig
-from l3m_like.config.schema import Lora
+from l3m_like.config.schema import Lora, Muon
 from l3m_like.core.errors import UserError
+from l3m_like.core.wiring import parts_of
 from l3m_like.layers import LoRALinear, joint_linear
-from l3m_like.pretrained.lora import merge
+from l3m_like.pretrained.lora import import_peft, merge
+from l3m_like.training.build import build_model
+from l3m_like.training.check import examine
 from l3m_like.training.checkpoint import load_full
+from l3m_like.training.export import export, export_adapters
+from l3m_like.training.optim import routes
 from tests.distributed.recorder import Record, experiment, recorded, world_size
 from tests.distributed.test_parity import compare, one_gradient_halved
 from tests.parity.rule import check_values, perturb
@@ -56,6 +63,8 @@ def test_dropout_is_on_the_adapter_alone() -> None:
     layer, x = adapted(dropout=1.0), torch.randn(4, 6, dtype=torch.float64)
     check_values(layer.train()(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert not torch.allclose(layer.eval()(x), layer.train()(x))
+    with pytest.raises(UserError, match="lora.dropout = 1.0 is not built for tensor parallelism"):
+        layer.tp_cuts("colwise")
 
 
 # ---- on a mesh -----------------------------------------------------------------------------------------------------------
@@ -91,7 +100,9 @@ def test_a_planted_fault_is_found(settings: dict[str, Any]) -> None:
 
 
 def tree(folder: Path, name: str, **settings: Any) -> dict[str, Any]:
-    return experiment("llm").to_dict() | {
+    cfg = experiment("llm")
+    cfg.model["trunk"]["layer"]["mixer"]["bias"] = False  # as Qwen3
+    return cfg.to_dict() | {
         "steps": 3,
         "run": {"dir": str(folder), "name": name},
         "schedule": {},
@@ -107,11 +118,12 @@ def saved(folder: Path, name: str) -> dict[str, torch.Tensor]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base``, and ``tuned`` from it with adapters; ``resumed`` likewise, in two goes."""
     folder = tmp_path_factory.mktemp("runs")
-    l3m_like.train(tree(folder, "base", steps=1))
     start = {"init": {"from": str(folder / "base")}, "lora": {"layers": LAYERS, "rank": 4}}
-    l3m_like.train(tree(folder, "tuned", **start))
-    for steps in (2, 3):
-        l3m_like.train(tree(folder, "resumed", steps=steps, **start))
+    with mock.patch("l3m_like.training.report.write_report", lambda *args: None):  # a second of matplotlib
+        l3m_like.train(tree(folder, "base", steps=1))
+        l3m_like.train(tree(folder, "tuned", **start))
+        for steps in (2, 3):
+            l3m_like.train(tree(folder, "resumed", steps=steps, **start))
     return folder
 
 
@@ -134,6 +146,23 @@ def test_goes_on_as_if_never_stopped(runs: Path) -> None:
         assert torch.equal(value, resumed[name]), name
 
 
+def test_check_counts_what_trains(runs: Path) -> None:
+    cfg = RunConfig.from_dict(tree(runs, "tuned", init={"from": str(runs / "base")}, lora={"layers": LAYERS, "rank": 4}))
+    report = examine(cfg)
+    tuned = saved(runs, "tuned")
+    added = sum(tensor.numel() for name, tensor in tuned.items() if name.startswith("model/") and "lora" in name)
+    assert report.code == 0 and report.numbers["trainable"] == added
+    assert report.numbers["flops_per_step"] is None and "frozen (lora)" in str(report)
+
+
+def test_muon_takes_adapters() -> None:
+    cfg = experiment("llm")
+    cfg.lora = Lora(layers=LAYERS, rank=4)
+    model = build_model(cfg)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 24 and {route.to for route in routes(trained, parts_of(model), Muon())} == {"muon"}
+
+
 IDS = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
@@ -144,6 +173,39 @@ def test_merged_is_unmerged(runs: Path) -> None:
     state = merge(tuned.model.state_dict(), scaling=16.0 / 4)
     base.model.load_state_dict(state)
     check_values(base({"text_ids": IDS})["text_logits"], logits)
+
+
+def test_exports(runs: Path, tmp_path: Path) -> None:
+    """A Hugging Face folder with the adapters merged, and a PEFT folder with them alone."""
+    tuned = {name.removeprefix("model/"): tensor for name, tensor in saved(runs, "tuned").items() if name.startswith("model/")}
+    export(runs / "tuned", tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    merged = merge(tuned, scaling=16.0 / 4)
+    assert len(found) == len(merged) == 2 * 11 + 2
+    both = {"mixer.q_proj": "self_attn.q_proj", "mixer.k_proj": "self_attn.k_proj", "mlp.down": "mlp.down_proj"}
+    for ours, theirs in both.items():
+        value = found[f"model.layers.1.{theirs}.weight"]
+        assert torch.equal(value, merged[f"trunk.layers.1.{ours}.weight"])
+        assert torch.equal(value, tuned[f"trunk.layers.1.{ours}.weight"]) == (ours == "mixer.k_proj")  # without an adapter
+    export_adapters(runs / "tuned", tmp_path / "adapters")
+    ours = ("mixer.q_proj", "mixer.v_proj", "mixer.out_proj", "mlp.gate", "mlp.up", "mlp.down")
+    theirs = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    names = dict(zip(ours, theirs, strict=True))
+    paths = {f"trunk.layers.{i}.{a}": f"model.layers.{i}.{b}" for i in range(2) for a, b in names.items()}
+    state, settings = import_peft(tmp_path / "adapters", paths)
+    assert settings["rank"] == 4 and len(state) == 24
+    for name, value in state.items():
+        assert torch.equal(value, tuned[name])
+    lora = {"layers": LAYERS, "rank": 4, "from": str(tmp_path / "adapters")}
+    again = tree(tmp_path, "again", init={"from": str(runs / "base")}, lora=lora)
+    for name, value in l3m_like.load(again, device="cpu").model.state_dict().items():
+        assert torch.equal(value, tuned[name] if name in tuned else tuned["preprocessor.embed.weight"]), name
+    with pytest.raises(UserError, match="lora.rank = 8, but the adapters in .* have 4"):
+        l3m_like.load(again | {"lora": lora | {"rank": 8}}, device="cpu")
+    with pytest.raises(UserError, match="has no 'trunk.layers.0.mixer.out_proj.lora_a'; lora.layers must name"):
+        l3m_like.load(again | {"lora": lora | {"layers": ["*.q_proj"]}}, device="cpu")
+    with pytest.raises(UserError, match="has no `lora`"):
+        export_adapters(runs / "base", tmp_path / "none")
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------------

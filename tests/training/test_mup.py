@@ -26,6 +26,7 @@ from tests.distributed.recorder import ROOT
 BASE = 32
 
 
+@cache
 def config(width: int, mup: bool = True, *overrides: str) -> RunConfig:
     """Two layers of four heads, which get wider with the model."""
     sizes = [f"dim={width}", f"head_dim={width // 4}", f"mlp_dim={3 * width}", "heads=4", "kv_heads=2", "tie=null"]

@@ -33,9 +33,9 @@ class LanguageModelHead(ReadWriteBlock):
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
-    outputs = ("logits", "nll", "weighted_nll")
-    optional_outputs = ("logits", "nll", "weighted_nll")
-    inference_outputs = ("logits",)
+    outputs: tuple[str, ...] = ("logits", "nll", "weighted_nll")
+    optional_outputs: tuple[str, ...] = ("logits", "nll", "weighted_nll")
+    inference_outputs: tuple[str, ...] | None = ("logits",)
 
     def __init__(self, vocab_size: int, dim: int, norm_eps: float = 1e-6, norm: str = "rms", **ports: Any) -> None:
         super().__init__(**ports)

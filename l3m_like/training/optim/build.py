@@ -61,7 +61,8 @@ def build_optimizer(
     """The optimizer of ``parameters`` (sharded, with memory), with its state; ``parts`` hold the layers that they are of."""
     ratios = width_ratios(parts)
     if optim.muon is None:
-        return AdamW(groups_of(parameters, optim, optim.lr, {n: 1 / m for n, m in ratios.items()}), betas=optim.betas, eps=optim.eps)
+        factors = {name: 1 / ratio for name, ratio in ratios.items()}
+        return AdamW(groups_of(parameters, optim, optim.lr, factors), betas=optim.betas, eps=optim.eps)
     made = routes(parameters, parts, optim.muon)
     groups, rest = muon_groups(parameters, made, optim, ratios)
     splits = {route.name: route.split for route in made}
