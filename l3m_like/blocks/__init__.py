@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "preprocessors.text": ["TokenEmbed"],
         "preprocessors.noise": ["FlowNoise"],
+        "preprocessors.mask_tokens": ["MaskTokens"],
         "preprocessors.labels": ["DropLabel", "TimeLabelEmbed"],
         "preprocessors.patches": ["PatchEmbed"],
         "trunks.transformer": ["Transformer"],

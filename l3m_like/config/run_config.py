@@ -246,6 +246,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _named_targets(section: Mapping[str, Any], path: str, origins: Origins) -> dict[str, Any]:
+    section = {name: value for name, value in section.items() if value is not None}  # null: not this one of a file's defaults
     for name, value in section.items():
         if name == "_target_":
             raise UserError(

@@ -1,4 +1,4 @@
-"""MetaModel: preprocessor, trunk, postprocessor and head blocks that share one data_dict.
+"""MetaModel: noise, preprocessor, trunk, postprocessor and head blocks that share one data_dict.
 
 Each part is a block, another MetaModel, or a named dict of them (named, so that a config can override one and a parameter
 keeps its name when another is inserted). A MetaModel is entered only by its ``forward``; the order of its blocks is fixed
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from l3m_like.core.block import Data, ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 
-PARTS = ("preprocessor", "trunk", "postprocessor", "head")
+PARTS = ("noise", "preprocessor", "trunk", "postprocessor", "head")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class MetaModel(nn.Module):
 
     Args:
         preprocessor, trunk, postprocessor, head: each a block, a MetaModel, or a named dict of them, run in this order.
+        noise: likewise, run before them: so the same model can be trained with noise without a parameter changing its name.
         stream: the default stream of every block inside (see ``ReadWriteBlock``).
         tie: ``{parameter: parameter it shares}``, e.g. ``{head.proj.weight: preprocessor.embed.weight}``.
 
@@ -63,11 +64,12 @@ class MetaModel(nn.Module):
         postprocessor: Any = None,
         head: Any = None,
         *,
+        noise: Any = None,
         stream: str | None = None,
         tie: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        for name, part in zip(PARTS, (preprocessor, trunk, postprocessor, head), strict=True):
+        for name, part in zip(PARTS, (noise, preprocessor, trunk, postprocessor, head), strict=True):
             if part is not None:
                 self.add_module(name, as_part(part, name))
         if not any(True for _ in self.children()):

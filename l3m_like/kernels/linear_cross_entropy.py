@@ -6,7 +6,8 @@ tokens has logits at a time, in the dtype of the weight, and they become their o
 
 Where a gradient will be asked for, the forward pass computes it at once, as if every token's loss counted 1: so the logits are
 computed once, not twice. If the backward pass then brings one number for all tokens (the mean or sum of the losses), the
-gradients are scaled by it; any other gradient is computed from new logits, chunk by chunk.
+gradients are scaled by it; any other gradient is computed from new logits, chunk by chunk. Losses that count differently are
+therefore told their ``weights`` here, and summed plainly.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
+    weights: Tensor | None = None,
     softcap: float | None = None,
     normalizer: bool = False,
     group: dist.ProcessGroup | None = None,
@@ -58,6 +60,7 @@ def linear_cross_entropy(
         hidden: [..., D] in the dtype of ``weight``.
         weight: [V, D]; with ``group``, this rank's rows [V / ranks, D] of it, in the order of the ranks.
         targets: int64 [...]; -100 gives 0 and no gradient.
+        weights: [...], the factor of every token's loss (no gradient reaches it); None: 1.
         softcap: c, for logits ``c * tanh(logits / c)`` (Gemma 2, arXiv:2408.00118).
         normalizer: also return the logarithm of the softmax's denominator (its square is the z-loss of PaLM,
             arXiv:2204.02311), 0 where there is no target.
@@ -72,8 +75,9 @@ def linear_cross_entropy(
     if backend == "reference":
         if group is not None:
             raise UserError("linear_cross_entropy: the reference knows no cut vocabulary; use 'auto'.")
-        both = linear_cross_entropy_reference(hidden, weight, targets, softcap=softcap)
-        return both if normalizer else both[0]
+        nll, norm = linear_cross_entropy_reference(hidden, weight, targets, softcap=softcap)
+        nll = nll if weights is None else nll * weights.detach().to(nll.dtype)
+        return (nll, norm) if normalizer else nll
     tokens = targets.numel()
     if chunk_tokens is None:
         budget = _CHUNK_ELEMENTS["cpu" if hidden.device.type == "cpu" else "cuda"]
@@ -81,8 +85,9 @@ def linear_cross_entropy(
         chunk_tokens = 256 * math.ceil(tokens / max(chunks, 1) / 256)  # equal ones, whole tiles of the matrix product
     # the gradient of a normalizer is never one number
     at_once = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad) and not normalizer
+    factors = None if weights is None else weights.detach().reshape(-1).to(torch.promote_types(hidden.dtype, torch.float32))
     nll, norm = _LinearCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), softcap, group, chunk_tokens, backend, at_once
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), factors, softcap, group, chunk_tokens, backend, at_once
     )
     return (nll.view(targets.shape), norm.view(targets.shape)) if normalizer else nll.view(targets.shape)
 
@@ -110,6 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        factors: Tensor | None,
         softcap: float | None,
         group: dist.ProcessGroup | None,
         chunk: int,
@@ -122,13 +128,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         normalizer = torch.empty_like(nll)
         need_hidden, need_weight = (at_once and need for need in ctx.needs_input_grad[:2])
         gradients = run.gradients(hidden, need_hidden, need_weight)
+        counted = (targets != IGNORE).to(dtype) if factors is None else torch.where(targets == IGNORE, 0, factors)
         for at in _slices(len(targets), chunk):
             logits = hidden[at] @ weight.T
             nll[at], normalizer[at] = run.statistics(logits, targets[at])
             if at_once:
-                slope = run.slope(logits, targets[at], normalizer[at], (targets[at] != IGNORE).to(dtype), None)
-                run.add(gradients, slope, hidden, at)
-        ctx.save_for_backward(hidden, weight, targets, normalizer, *gradients)
+                run.add(gradients, run.slope(logits, targets[at], normalizer[at], counted[at], None), hidden, at)
+        if factors is not None:
+            nll *= counted
+        ctx.save_for_backward(hidden, weight, targets, factors, normalizer, *gradients)
         ctx.run, ctx.chunk, ctx.at_once = run, chunk, at_once
         ctx.set_materialize_grads(False)
         return nll, torch.where(targets == IGNORE, 0, normalizer)
@@ -136,12 +144,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_normalizer: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normalizer, grad_hidden, grad_weight = ctx.saved_tensors
-        run, nothing = ctx.run, (None,) * 6
+        hidden, weight, targets, factors, normalizer, grad_hidden, grad_weight = ctx.saved_tensors
+        run, nothing = ctx.run, (None,) * 7
         run.weight = weight
         if grad_normalizer is None and grad is not None and ctx.at_once and _one_number(grad):
             factor = grad.flatten()[0]
             return run.hidden_gradient(grad_hidden, factor), run.weight_gradient(grad_weight, factor), *nothing
+        if grad is not None and factors is not None:
+            grad = grad * factors
         grad, grad_normalizer = (None if g is None else torch.where(targets == IGNORE, 0, g) for g in (grad, grad_normalizer))
         gradients = run.gradients(hidden, *ctx.needs_input_grad[:2])
         for at in _slices(len(targets), ctx.chunk):

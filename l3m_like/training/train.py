@@ -235,7 +235,9 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
                 terms, kept = update.forward_backward(data, totals, mesh)
                 carried[number] |= kept
                 for name, (value, count) in terms.items():
-                    sums[name] = torch.stack((value + (sums[name][0] if name in sums else 0), count))
+                    earlier, counted = sums[name] if name in sums else (0, 0)
+                    late = update.losses[name].count_late  # its count is that of the micro-batch
+                    sums[name] = torch.stack((value + earlier, count + counted if late else count))
             norms[update.name] = update.step(mesh, scale)
         if ema is not None:
             ema.update(torch.stack([skipped for _, skipped in norms.values()]).amax())

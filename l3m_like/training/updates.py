@@ -254,13 +254,13 @@ def refuse_gaps(updates: Sequence[Update], carried: Mapping[str, Sequence[str]])
 
 
 def refuse_split(updates: Sequence[Update], accumulation: int, pipeline: int) -> None:
-    """Refuse what cannot be split into micro-batches where there would be several."""
+    """Refuse what cannot be split into micro-batches where there would be several (a metric's late count just adds up)."""
     if accumulation == 1 and pipeline == 1:
         return
     fix = "Raise batch.micro so that one micro-batch holds the rank's rows."
     for update in updates:
         for name, loss in update.losses.items():
-            if loss.count_late or loss.scope == "batch":
+            if (loss.count_late and loss.weight is not None) or loss.scope == "batch":
                 why = "counts in the forward (count_late)" if loss.count_late else "is no sum over elements (scope: batch)"
                 raise UserError(f"loss.{name} {why}, so it refuses {accumulation} micro-batches per step. {fix}")
         if update.adaptive is not None:

@@ -19,9 +19,11 @@ from l3m_like.layers.norm import RMSNorm
 class LanguageModelHead(ReadWriteBlock):
     """Final RMSNorm, then logits or, without ever holding all logits, the negative log-likelihood of the targets.
 
-    Reads   hidden [B, S, D]; targets [B, S] int64, already shifted, -100 = no target (needed for nll)
-    Writes  nll [B, S] at least float32, 0 where there is no target; logits [B, S, V] in the weight's dtype. `writes` says
-            which; the inference graph writes the logits.
+    Reads   hidden [B, S, D]; targets [B, S] int64, already shifted, -100 = no target (needed for nll); weights [B, S] float
+            (needed for weighted_nll)
+    Writes  nll [B, S] at least float32, 0 where there is no target; weighted_nll [B, S], the same times the weights (a plain
+            sum of it costs one pass over the vocabulary, as one of nll does); logits [B, S, V] in the weight's dtype. `writes`
+            says which; the inference graph writes the logits.
 
     Args:
         vocab_size: V.
@@ -30,8 +32,8 @@ class LanguageModelHead(ReadWriteBlock):
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
-    outputs = ("logits", "nll")
-    optional_outputs = ("logits", "nll")
+    outputs = ("logits", "nll", "weighted_nll")
+    optional_outputs = ("logits", "nll", "weighted_nll")
     inference_outputs = ("logits",)
 
     def __init__(self, vocab_size: int, dim: int, norm_eps: float = 1e-6, **ports: Any) -> None:
@@ -40,19 +42,25 @@ class LanguageModelHead(ReadWriteBlock):
         self.norm = RMSNorm(dim, eps=norm_eps)
         self.proj = nn.Linear(dim, vocab_size, bias=False)
 
-    def compute(self, hidden: Tensor, targets: Tensor | None = None, *, outputs: Sequence[str]) -> dict[str, Tensor]:
+    def compute(
+        self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, *, outputs: Sequence[str]
+    ) -> dict[str, Tensor]:
         weight = self.proj.weight  # never self.proj(...): the matrix may be the embedding's
         hidden = self.norm(hidden).to(weight.dtype)
         out: dict[str, Tensor] = {}
         if "logits" in outputs:
             out["logits"] = F.linear(hidden, weight)
-        if "nll" in outputs:
+        for port, factors in {"nll": None, "weighted_nll": weights}.items():
+            if port not in outputs:
+                continue
             if targets is None:
-                raise UserError(f"LanguageModelHead writes nll, which needs the key '{self.reads['targets']}'.")
-            out["nll"] = linear_cross_entropy(hidden, weight, targets, backend=self.backend)
+                raise UserError(f"LanguageModelHead writes {port}, which needs the key '{self.reads['targets']}'.")
+            if port == "weighted_nll" and weights is None:
+                raise UserError(f"LanguageModelHead writes weighted_nll, which needs the key '{self.reads['weights']}'.")
+            out[port] = linear_cross_entropy(hidden, weight, targets, weights=factors, backend=self.backend)
         return out
 
-    def flops(self, hidden: Tensor, targets: Tensor | None = None) -> int:
+    def flops(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> int:
         return 2 * hidden.shape[0] * hidden.shape[1] * self.proj.in_features * self.proj.out_features
 
     def tp_plan(self) -> dict[str, str]:
