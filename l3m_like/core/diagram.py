@@ -194,6 +194,7 @@ class Picture:
 #: part -> (strong colour, tint)
 COLOURS = {
     "data": ("#475569", "#f1f5f9"),
+    "noise": ("#0e7490", "#ecfeff"),
     "preprocessor": ("#0f766e", "#ecfdf8"),
     "trunk": ("#4338ca", "#eef2ff"),
     "postprocessor": ("#7e22ce", "#faf5ff"),

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "sampler": ["Sampler", "Samples"],
         "autoregressive": ["Autoregressive", "Texts"],
+        "masked_diffusion": ["MaskedDiffusion"],
         "flow": ["FlowODE", "Images", "grid"],
     },
 )

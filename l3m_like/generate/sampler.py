@@ -87,7 +87,8 @@ class Inference:
         available, read = set(supplied), set()
         for path, block in self.blocks:
             for port, key in block.reads.items():
-                if port in block.required and key not in available:
+                # a port that training names may be one that only training needs (a head's targets)
+                if port in block.required and not block.ports[port] and key not in available:
                     raise UserError(
                         f"{sampler}: {path} ({type(block).__name__}) reads '{key}' for its port '{port}', which the sampler does "
                         f"not supply. {did_you_mean(key, available)} Set the sampler's `stream`, or mark blocks that only "

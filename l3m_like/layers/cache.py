@@ -68,6 +68,13 @@ class StaticCache:
                 f"the cache holds {self.max_len} tokens, {self.length} are in it and {new} more do not fit: raise max_len."
             )
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        self.length = length
+        for layer in self.layers:
+            if layer is not None:
+                layer.length = length
+
     def write_documents(self, document_ids: Tensor | None, new: int) -> Tensor | None:
         """Note the documents [B, new] of the next tokens; returns those of all tokens, [B, length + new]."""
         if document_ids is None and self.document_ids is None:

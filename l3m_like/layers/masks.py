@@ -16,7 +16,7 @@ from torch import Tensor
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.kernels.attention import BORDERS, FUSED, LoweredMask, cudnn_takes
 
-KINDS = ("full", "causal", "prefix")
+KINDS = ("full", "causal", "prefix", "staged")
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,14 @@ class AttentionMask:
 
     Args:
         kind: "full"; "causal" (keys up to the query's place); "prefix" (causal, and the first ``prefix_lengths`` places of
-            a row see each other).
+            a row see each other); "staged" (by ``stages``: keys of the query's own stage, and of earlier odd ones).
         document_ids: int [B, Sq], the document of every query; only keys of the same document are seen. Negative = padding:
             attends to nothing and is seen by nothing (what a backend writes there is unspecified, and finite).
         kv_document_ids: int [B, Skv] (None: ``document_ids``).
         prefix_lengths: int [B], for kind "prefix".
+        stages: int [B, Sq], for kind "staged": 2b for a noisy token of a document's block b, 2b + 1 for a clean one. So noisy
+            tokens see their own block and the clean ones of earlier blocks; clean tokens see clean ones up to their block (block
+            diffusion, arXiv:2503.09573, section 3.2).
         query_start: place of the first query in the row of keys (tokens already in a key/value cache).
         cu_seqlens: int32 [N + 1], the borders of the same documents over B*S, padding between borders of its own; what the
             backends for packed rows want.
@@ -43,14 +46,19 @@ class AttentionMask:
     query_start: int = 0
     cu_seqlens: Tensor | None = None
     window: int | None = None
+    stages: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
-        if (self.kind == "prefix") != (self.prefix_lengths is not None):
-            raise UserError(
-                f"mask '{self.kind}' with{'out' if self.prefix_lengths is None else ''} prefix_lengths: "
-                "give prefix_lengths [B] for the kind 'prefix', and only for it."
-            )
+        for kind, name, shape in (("prefix", "prefix_lengths", "[B]"), ("staged", "stages", "[B, S]")):
+            value = getattr(self, name)
+            if (self.kind == kind) != (value is not None):
+                raise UserError(
+                    f"mask '{self.kind}' with{'out' if value is None else ''} {name}: "
+                    f"give {name} {shape} for the kind '{kind}', and only for it."
+                )
+        if self.stages is not None and (self.window is not None or self.query_start):
+            raise UserError("mask 'staged': its keys are no sequence of places, so it takes neither a window nor a cache.")
         if self.window is not None and self.window < 1:
             raise UserError(f"mask: the window is {self.window}; it is a number of keys, at least 1.")
 
@@ -74,8 +82,9 @@ def choose_backend(
     """
     square = mask.query_start == 0 and query_length == kv_length and mask.kv_document_ids is None
     half = dtype in (torch.float16, torch.bfloat16)
-    plain = mask.kind != "prefix" and square and mask.window is None and mask.document_ids is None
-    bordered = mask.kind != "prefix" and square and (mask.document_ids is None or mask.cu_seqlens is not None)
+    by_place = mask.kind in ("full", "causal")
+    plain = by_place and square and mask.window is None and mask.document_ids is None
+    bordered = by_place and square and (mask.document_ids is None or mask.cu_seqlens is not None)
     if asked == "auto":
         if device.type != "cuda" or not half or not square:
             return "sdpa"
@@ -92,9 +101,9 @@ def choose_backend(
     elif asked in FUSED and not square:
         problem = "it takes no key/value cache"
     elif asked in ("flash", "cudnn") and not plain:
-        problem = "it masks neither documents, windows nor prefixes"
+        problem = "it masks neither documents, windows, prefixes nor stages"
     elif asked in BORDERS and not bordered:
-        problem = "it masks documents by their borders (cu_seqlens), and no prefixes"
+        problem = "it masks documents by their borders (cu_seqlens), and neither prefixes nor stages"
     if problem:
         raise UserError(f"attention backend {asked}: {problem}. Use 'auto', which picks one that is exact for the mask.")
     return "sdpa" if meta and asked != "reference" else asked
@@ -140,8 +149,10 @@ def _dense(mask: AttentionMask, backend: str, query_length: int, kv_length: int,
     query = torch.arange(mask.query_start, mask.query_start + query_length, device=device).view(1, 1, -1, 1)
     key = torch.arange(kv_length, device=device).view(1, 1, 1, -1)
     allowed = torch.ones(1, 1, query_length, kv_length, dtype=torch.bool, device=device)
-    if mask.kind != "full":
+    if mask.kind in ("causal", "prefix"):
         allowed = key <= query
+    if mask.stages is not None:
+        allowed = _staged(mask.stages[:, None, :, None], mask.stages[:, None, None, :])
     if mask.prefix_lengths is not None:
         length = mask.prefix_lengths.view(-1, 1, 1, 1)
         allowed = allowed | ((query < length) & (key < length))
@@ -157,6 +168,11 @@ def _dense(mask: AttentionMask, backend: str, query_length: int, kv_length: int,
     return LoweredMask(backend, allowed | ~live, live=live.transpose(1, 2))
 
 
+def _staged(query: Tensor, key: Tensor) -> Tensor:
+    """The rule of the kind "staged" for stages that broadcast."""
+    return (key == query) | ((key % 2 == 1) & (key < query))
+
+
 def _blocks(mask: AttentionMask, batch: int, query_length: int, kv_length: int, device: torch.device) -> Any:
     """The same rules as ``_dense``, pair by pair, as a BlockMask of FlexAttention.
 
@@ -166,12 +182,15 @@ def _blocks(mask: AttentionMask, batch: int, query_length: int, kv_length: int, 
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    ids, prefix, window, start = mask.document_ids, mask.prefix_lengths, mask.window, mask.query_start
+    ids, prefix, window, start, stages = mask.document_ids, mask.prefix_lengths, mask.window, mask.query_start, mask.stages
+    by_place = mask.kind in ("causal", "prefix")
     kv_ids = ids if mask.kv_document_ids is None else mask.kv_document_ids
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         place = query + start
-        seen = place >= 0 if mask.kind == "full" else key <= place
+        seen = key <= place if by_place else place >= 0
+        if stages is not None:
+            seen = _staged(stages[row, query], stages[row, key])
         if prefix is not None:
             seen = seen | ((place < prefix[row]) & (key < prefix[row]))
         if window is not None:
@@ -183,9 +202,15 @@ def _blocks(mask: AttentionMask, batch: int, query_length: int, kv_length: int, 
     first_q = torch.arange(start, start + query_length, _BLOCK, device=device).view(1, -1, 1)
     first_k = torch.arange(0, kv_length, _BLOCK, device=device).view(1, 1, -1)
     last_q, last_k = first_q + _BLOCK - 1, first_k + _BLOCK - 1
-    some = first_q >= 0 if mask.kind == "full" else first_k <= last_q  # a pair may be allowed
-    every = first_q >= 0 if mask.kind == "full" else last_k <= first_q  # all are
+    some = first_k <= last_q if by_place else first_q >= 0  # a pair may be allowed
+    every = last_k <= first_q if by_place else first_q >= 0  # all are
     some, every = (x.expand(batch, first_q.shape[1], first_k.shape[2]) for x in (some, every))
+    if stages is not None:
+        low_q, high_q = _extremes(stages, 2)
+        low_k, high_k = _extremes(stages, 1)
+        no_clean, clean = _extremes(stages % 2, 1)  # 0 and 1 where a block of keys has both
+        some = some & (((low_q <= high_k) & (low_k <= high_q)) | ((clean == 1) & (low_k < high_q)))
+        every = every & (((low_q == high_q) & (low_k == high_k) & (low_q == low_k)) | ((no_clean == 1) & (high_k < low_q)))
     if prefix is not None:
         length = prefix.view(-1, 1, 1)
         some = some | ((first_q < length) & (first_k < length))

@@ -235,7 +235,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
                 terms, kept = update.forward_backward(data, totals, mesh)
                 carried[number] |= kept
                 for name, (value, count) in terms.items():
-                    earlier, counted = sums[name] if name in sums else (0, 0)
+                    earlier, counted = sums.get(name, (0, 0))
                     late = update.losses[name].count_late  # its count is that of the micro-batch
                     sums[name] = torch.stack((value + earlier, count + counted if late else count))
             norms[update.name] = update.step(mesh, scale)

@@ -22,7 +22,8 @@ class Transformer(ReadWriteBlock):
 
     Reads   tokens [B, S, D]; positions [B, S] int64 (without: 0, 1, 2, ...); document_ids [B, S] int (-1 = padding; without:
             one document per row); cu_seqlens [N + 1] int32, the borders of the documents (without: attention over documents
-            takes a slower way); prefix_lengths [B] int64 (mask "prefix"); cache (generation only)
+            takes a slower way); prefix_lengths [B] int64 (mask "prefix"); stages [B, S] int64 (mask "staged"); cache
+            (generation only; with a staged mask, tokens see all that is in it)
     Writes  hidden [B, S, D]
 
     Args:
@@ -30,7 +31,7 @@ class Transformer(ReadWriteBlock):
         num_layers: number of layers.
         layer: ``layer(dim)`` makes one; or a named dict of such, with ``pattern``.
         rope: rotary positions, or None.
-        mask: "causal", "full" or "prefix".
+        mask: "causal", "full", "prefix" or "staged" (see ``layers/masks.py``).
         pattern: names of ``layer``, one per layer; a shorter pattern that divides ``num_layers`` is repeated.
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
@@ -74,16 +75,19 @@ class Transformer(ReadWriteBlock):
         cu_seqlens: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
+        stages: Tensor | None = None,
     ) -> Tensor:
         batch, length = tokens.shape[:2]
-        start, kv_ids = 0, None
+        start, kv_ids, kind = 0, None, self.mask
         if cache is not None:
             cache.reserve(batch, length)
             start, kv_ids = cache.length, cache.write_documents(document_ids, length)
         if positions is None:
             positions = torch.arange(start, start + length, device=tokens.device)
         rope = self.rope(positions, tokens.dtype) if self.rope is not None else None
-        mask = AttentionMask(self.mask, document_ids, kv_ids, prefix_lengths, start, cu_seqlens)
+        if kind == "staged" and start > 0:  # behind clean blocks that are finished: one more block, which sees all of them
+            kind, stages = "full", None
+        mask = AttentionMask(kind, document_ids, kv_ids, prefix_lengths, start, cu_seqlens, stages=stages)
         masks = LayerMasks(mask, length, start + length, tokens, self.attention_used if cache is None else None)
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
@@ -110,16 +114,20 @@ class Transformer(ReadWriteBlock):
         cu_seqlens: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
+        stages: Tensor | None = None,
     ) -> int:
         batch, length = tokens.shape[:2]
         start = cache.length if cache is not None else 0
         # the extra pairs of a prefix are not known without reading the lengths
         kind = "full" if self.mask == "full" else "causal"
+        # a staged row is two copies of a text, of which every place sees the clean one up to its own block
+        half = 2 if self.mask == "staged" else 1
         units: list[Any] = list(self.layers)
         pairs = {
             window: attended_pairs(
                 AttentionMask(kind, document_ids if start == 0 else None, window=window), batch, length, start + length
             )
+            // half
             for window in {getattr(unit.mixer, "window", None) for unit in units}
         }
         return sum(unit.flops(batch * length, pairs[getattr(unit.mixer, "window", None)]) for unit in units)

@@ -1,0 +1,1 @@
+"""Blocks between the trunk and the head."""
