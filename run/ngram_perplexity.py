@@ -88,7 +88,7 @@ def samples_of(run: str | Path, settings: Mapping[str, Any]) -> tuple[list[list[
 
     loaded = load(run)
     texts = loaded.generate(prompts=PROMPTS, end=False, **settings)
-    process = loaded.cfg.instantiate("data.train").process
+    process = loaded.config.instantiate("data.train").process
     return [process.encode(prompt) for prompt in PROMPTS for _ in range(settings["num_samples"])], texts.tokens
 
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from l3m_like import load
 
     settings = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.settings)}
-    cfg = load(args.runs[0]).cfg
+    cfg = load(args.runs[0]).config
     train = tokens_of(cfg.instantiate("data.train"))
     heldout = [doc[: args.tokens] for doc in tokens_of(cfg.instantiate("evals.heldout.data"))]
     vocab_size = 1 + max(int(doc.max()) for doc in [*train, *heldout])

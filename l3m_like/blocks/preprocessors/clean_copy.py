@@ -22,13 +22,17 @@ class CleanCopy(ReadWriteBlock):
     Args:
         block: tokens per block, counted from the beginning of each document.
         into: stream of what it writes, since these rows are longer than the others of the stream.
-        ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
+        training_only: a sampler needs no noise.
+        ports: reads, writes, stream of ``ReadWriteBlock``.
     """
 
     outputs = ("noised", "positions", "document_ids", "stages")
 
-    def __init__(self, block: int, into: str, *, writes: Mapping[str, str] | None = None, **ports: Any) -> None:
-        super().__init__(writes={port: f"{into}_{port}" for port in self.outputs} | dict(writes or {}), **ports)
+    def __init__(
+        self, block: int, into: str, *, writes: Mapping[str, str] | None = None, training_only: bool = True, **ports: Any
+    ) -> None:
+        named = {port: f"{into}_{port}" for port in self.outputs} | dict(writes or {})
+        super().__init__(writes=named, training_only=training_only, **ports)
         if block < 1:
             raise UserError(f"CleanCopy: block is {block}; it is a number of tokens, at least 1.")
         self.block = block

@@ -41,7 +41,8 @@ class MaskTokens(ReadWriteBlock):
         shift: the output at place i predicts the token at i + 1, as in a causal model (Dream, arXiv:2508.15487; DiffuLLaMA,
             arXiv:2410.17891): targets and weights stand one place earlier, and a document's first token is never masked.
         block: draw a time for every so many tokens of a document instead of one (block diffusion, arXiv:2503.09573).
-        ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
+        training_only: a sampler supplies the masks.
+        ports: reads, writes, stream of ``ReadWriteBlock``.
 
     Raises:
         UserError: a mask token outside the vocabulary, settings out of range.
@@ -62,9 +63,10 @@ class MaskTokens(ReadWriteBlock):
         answers_only: bool = False,
         shift: bool = False,
         block: int | None = None,
+        training_only: bool = True,
         **ports: Any,
     ) -> None:
-        super().__init__(**ports)
+        super().__init__(training_only=training_only, **ports)
         check_mask_id("MaskTokens", mask_id, vocab_size)
         if not 0 < p_min <= p_max <= 1:
             raise UserError(f"MaskTokens: p_min and p_max are {p_min} and {p_max}; they are probabilities, 0 < p_min <= p_max <= 1.")
