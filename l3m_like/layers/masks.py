@@ -208,9 +208,9 @@ def _blocks(mask: AttentionMask, batch: int, query_length: int, kv_length: int, 
     if stages is not None:
         low_q, high_q = _extremes(stages, 2)
         low_k, high_k = _extremes(stages, 1)
-        no_clean, clean = _extremes(stages % 2, 1)  # 0 and 1 where a block of keys has both
+        all_clean, clean = _extremes(stages % 2, 1)
         some = some & (((low_q <= high_k) & (low_k <= high_q)) | ((clean == 1) & (low_k < high_q)))
-        every = every & (((low_q == high_q) & (low_k == high_k) & (low_q == low_k)) | ((no_clean == 1) & (high_k < low_q)))
+        every = every & (((low_q == high_q) & (low_k == high_k) & (low_q == low_k)) | ((all_clean == 1) & (high_k <= low_q)))
     if prefix is not None:
         length = prefix.view(-1, 1, 1)
         some = some | ((first_q < length) & (first_k < length))

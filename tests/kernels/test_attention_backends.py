@@ -18,6 +18,7 @@ from l3m_like.layers import AttentionMask, LayerMasks, choose_backend, lower
 CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [2, 2, 3, 3, 3, 3, 3]], dtype=torch.int32)
 BORDERS = torch.tensor([0, 3, 6, 7, 9, 14, 14, 14], dtype=torch.int32)
+STAGES = torch.tensor([[0, 0, 2, 2, 1, 1, 3], [0, 2, 2, 4, 1, 3, 3]])
 MASKS = {
     "full": AttentionMask("full"),
     "causal": AttentionMask("causal"),
@@ -28,6 +29,8 @@ MASKS = {
     "full documents": AttentionMask("full", DOCUMENTS, cu_seqlens=BORDERS),
     "windows in documents": AttentionMask("causal", DOCUMENTS, cu_seqlens=BORDERS, window=2),
     "prefix in documents": AttentionMask("prefix", DOCUMENTS, prefix_lengths=torch.tensor([5, 1])),
+    "staged": AttentionMask("staged", stages=STAGES),
+    "staged in documents": AttentionMask("staged", DOCUMENTS, stages=STAGES),
 }
 
 
@@ -58,7 +61,7 @@ def test_equals_reference(kind: str, backend: str, kv_heads: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MASKS if "prefix" not in kind])
+@pytest.mark.parametrize("kind", [kind for kind in MASKS if "prefix" not in kind and "staged" not in kind])
 def test_borders_and_window_as_flash_attention_takes_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a plain function with flash-attn's arguments, in its place."""
 
@@ -108,7 +111,7 @@ def test_blocks_of_flex(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
             seen[b, q, at[b, 0, q, : int(number[b, 0, q])].long()] = True
     assert not (visited & whole).any()
     assert torch.equal(whole, every) and not (some & ~visited & ~whole).any()
-    if mask.document_ids is None and "prefix" not in kind:
+    if mask.document_ids is None and mask.kind in ("full", "causal"):
         assert torch.equal(visited | whole, some)  # and none is visited for nothing
 
 
@@ -144,7 +147,9 @@ def test_what_ran_is_told() -> None:
     [
         ("cudnn", "documents", "masks neither documents"),
         ("flash", "window", "masks neither documents, windows"),
-        ("varlen", "prefix", "no prefixes"),
+        ("varlen", "prefix", "neither prefixes nor stages"),
+        ("varlen", "staged in documents", "neither prefixes nor stages"),
+        ("cudnn", "staged", "nor stages"),
         ("varlen", "prefix in documents", "by their borders"),
     ],
 )

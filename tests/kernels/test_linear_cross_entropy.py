@@ -93,6 +93,34 @@ def test_every_gradient(upstream: str, softcap: float | None, chunk: int) -> Non
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("upstream", ["sum", "tokens", "both"])
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_weighted_losses(upstream: str, softcap: float | None, chunk: int) -> None:
+    """The weights multiply losses and gradients, wherever there is a target; nothing flows into them."""
+    targets = some_targets()
+    factors = torch.linspace(0, 5, 18).view(2, 9).requires_grad_()  # float32, as they come
+    scale = torch.linspace(-1, 2, 18, dtype=torch.float64).view(2, 9)
+    results = []
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        hidden, weight = inputs(targets)
+        if function is linear_cross_entropy:
+            settings = {"softcap": softcap, "chunk_tokens": chunk, "weights": factors}
+            nll, norm = function(hidden, weight, targets, normalizer=True, **settings)
+            simple = function(hidden, weight, targets, **settings)
+        else:
+            nll, norm = function(hidden, weight, targets, softcap=softcap)
+            nll = simple = nll * factors.detach().double()
+        total = {"sum": simple.sum() * 0.3, "tokens": (simple * scale).sum(), "both": nll.sum() + (norm * scale).sum()}[upstream]
+        results.append((nll, simple, norm, *torch.autograd.grad(total, (hidden, weight))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert factors.grad is None
+    hidden, weight = inputs(targets)
+    expected = linear_cross_entropy(hidden, weight, targets, weights=factors, softcap=softcap, backend="reference")
+    torch.testing.assert_close(expected, results[0][1], rtol=1e-12, atol=1e-12)
+
+
 def products(run) -> int:  # type: ignore[no-untyped-def]
     """Matrix products that ``run`` computes."""
 
@@ -108,15 +136,17 @@ def products(run) -> int:  # type: ignore[no-untyped-def]
     return count.number
 
 
-def test_logits_are_computed_once_for_a_sum_and_twice_for_weights() -> None:
+def test_logits_are_computed_once_for_a_sum_and_twice_for_weights_that_come_later() -> None:
     targets = some_targets()
 
-    def train(weights: torch.Tensor | None) -> None:
-        nll = linear_cross_entropy(*inputs(targets), targets)
-        (nll if weights is None else nll * weights).sum().backward()
+    def train(before: torch.Tensor | None, after: torch.Tensor | None) -> None:
+        nll = linear_cross_entropy(*inputs(targets), targets, weights=before)
+        (nll if after is None else nll * after).sum().backward()
 
-    assert products(lambda: train(None)) == 3
-    assert products(lambda: train(torch.ones(2, 9, dtype=torch.float64))) == 6
+    ones = torch.ones(2, 9, dtype=torch.float64)
+    assert products(lambda: train(None, None)) == 3
+    assert products(lambda: train(ones, None)) == 3
+    assert products(lambda: train(None, ones)) == 6
 
 
 def test_no_gradient_no_work_for_one() -> None:

@@ -10,6 +10,7 @@ from l3m_like.kernels.attention import LoweredMask
 from l3m_like.layers import AttentionMask, attended_pairs, lower
 
 CPU = torch.device("cpu")
+STAGES = torch.tensor([[0, 2, 2, 0, 1, 0], [0, 2, 4, 1, 3, 5]])
 IDS = torch.tensor([[0, 0, 0, 1, 1, -1], [4, 4, 4, 4, 4, 9]], dtype=torch.int32)
 
 
@@ -19,7 +20,11 @@ def by_definition(mask: AttentionMask, batch: int, queries: int, keys: int) -> t
         for q in range(queries):
             for k in range(keys):
                 place = mask.query_start + q
-                allowed = mask.kind == "full" or k <= place
+                allowed = mask.kind in ("full", "staged") or k <= place
+                if mask.stages is not None:
+                    (noisy_q, block_q), (noisy_k, block_k) = ((s % 2 == 0, s // 2) for s in mask.stages[b, [q, k]].tolist())
+                    own, earlier = noisy_q == noisy_k and block_q == block_k, not noisy_k and block_k < block_q
+                    allowed = own or earlier
                 if mask.prefix_lengths is not None:
                     allowed |= max(place, k) < int(mask.prefix_lengths[b])
                 if mask.window is not None:
@@ -34,10 +39,15 @@ def by_definition(mask: AttentionMask, batch: int, queries: int, keys: int) -> t
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("ids", [None, IDS], ids=["rows", "documents"])
 @pytest.mark.parametrize("window", [None, 2, 9])
-@pytest.mark.parametrize("kind", ["full", "causal", "prefix"])
+@pytest.mark.parametrize("kind", ["full", "causal", "prefix", "staged"])
 def test_lowering(kind: str, window: int | None, ids, backend: str) -> None:
     prefix = torch.tensor([2, 4]) if kind == "prefix" else None
-    mask = AttentionMask(kind, ids, prefix_lengths=prefix, window=window)
+    stages = STAGES if kind == "staged" else None
+    if stages is not None and window:
+        with pytest.raises(UserError, match="neither a window nor a cache"):
+            AttentionMask(kind, ids, stages=stages, window=window)
+        return
+    mask = AttentionMask(kind, ids, prefix_lengths=prefix, window=window, stages=stages)
     expected = by_definition(mask, 2, 6, 6)
     lowered = lower(mask, backend, 2, 6, 6, CPU)
     live = expected.any(-1)
@@ -86,5 +96,7 @@ def test_errors() -> None:
         AttentionMask("causal", window=0)
     with pytest.raises(UserError, match="prefix_lengths"):
         AttentionMask("prefix")
+    with pytest.raises(UserError, match=r"give stages \[B, S\]"):
+        AttentionMask("staged")
     with pytest.raises(UserError, match="prefix_lengths"):
         AttentionMask("causal", prefix_lengths=torch.tensor([1]))
