@@ -59,10 +59,8 @@ class NGram:
 
     def perplexity(self, texts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> float:
         """exp of the mean negative log-likelihood per token of continuations, given (what stands before, continuation)."""
-        logs = [
-            np.log(self.probabilities(np.array([*before, *new], dtype=np.int64)))[len(before) :] for before, new in texts if len(new)
-        ]
-        return float(np.exp(-np.concatenate(logs).mean()))
+        chances = [self.probabilities(np.array([*before, *new], dtype=np.int64))[len(before) :] for before, new in texts]
+        return float(np.exp(-np.log(np.concatenate(chances)).mean()))
 
 
 def _look_up(wanted: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -16,10 +16,20 @@ from l3m_like.training.train import plan
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "experiment"
 EXPERIMENTS = sorted(path for path in CONFIGS.rglob("*.yaml") if "preset" not in path.parts)
 #: those that train on shipped data
-TINY = [path for path in EXPERIMENTS if "shipped:" in path.read_text(encoding="utf-8")]
+TINY = [path for path in EXPERIMENTS if "--config configs/experiment/" in path.read_text(encoding="utf-8")]
 #: published, or (tiny ones) counted by hand in `test_tiny_sizes`
-PARAMETERS = {"llama3_8b": 8_030_261_248, "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "sit_xl2": 674_834_720}
-MOST_LINES = {"llm": 70, "sit": 90}
+PARAMETERS = {
+    "llama3_8b": 8_030_261_248,
+    "qwen3_0.6b": 596_049_920,
+    "qwen3_1.7b": 1_720_574_976,
+    "sit_xl2": 674_834_720,
+    "dllm_qwen3": 608_623_616,
+    "llada_8b": 8_015_581_184,
+    "dream_7b": 7_615_616_512,
+}
+MOST_LINES = {"llm": 70, "sit": 90, "dream_7b": 16}
+#: trained by the slow tests alone
+SLOW = ("block_diffusion",)
 
 
 def name_of(path: Path) -> str:
@@ -29,7 +39,7 @@ def name_of(path: Path) -> str:
 def test_experiments_are_found() -> None:
     names = {path.stem for path in EXPERIMENTS}
     assert {"llm", "sit", *PARAMETERS} <= names
-    assert {path.stem for path in TINY} >= {"llm", "sit"}
+    assert {path.stem for path in TINY} >= {"llm", "sit", "dllm", "block_diffusion"}
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
@@ -71,7 +81,9 @@ def test_header_names_its_own_command(path: Path) -> None:
     assert f"--config configs/experiment/{path.name}" in path.read_text(encoding="utf-8").split("\n\n")[0]
 
 
-@pytest.mark.parametrize("path", TINY, ids=name_of)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=pytest.mark.slow) if path.stem in SLOW else path for path in TINY], ids=name_of
+)
 def test_trains_and_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Three steps, then two more from the checkpoint: the losses are those of five steps in one go."""
     monkeypatch.chdir(tmp_path)

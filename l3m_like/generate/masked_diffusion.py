@@ -94,7 +94,8 @@ class MaskedDiffusion:
             raise UserError(f"MaskedDiffusion: no remasking '{remasking}'. {did_you_mean(remasking, REMASKING)}")
         if threshold is not None and (remasking != "low_confidence" or not 0 < threshold <= 1):
             raise UserError(
-                f"MaskedDiffusion: threshold is {threshold} with remasking {remasking}; it is a probability above 0, for low_confidence."
+                f"MaskedDiffusion: threshold is {threshold} with remasking {remasking}; it is a probability above 0, and goes with "
+                "low_confidence."
             )
         if temperature < 0:
             raise UserError(f"MaskedDiffusion: temperature is {temperature}; 0 takes the likeliest token, 1 draws by the model.")
@@ -157,9 +158,10 @@ class MaskedDiffusion:
     def check(self, graph: Inference) -> bool:
         """Raise a UserError unless the model reads what this sampler supplies and writes what it takes; is it block diffusion?"""
         keys = {port: f"{self.into}_{port}" for port in ("noised", "positions", "document_ids", "stages")}
-        staged = any(keys["stages"] in block.reads.values() for _, block in graph.blocks if getattr(block, "mask", "") == "staged")
+        reading = [block for _, block in graph.blocks if keys["stages"] in block.reads.values()]
+        staged = any(getattr(block, "mask", None) == "staged" for block in reading)
         if staged and self.block is None:
-            raise UserError("MaskedDiffusion: the model's mask is 'staged' (block diffusion); give the `block` it was trained with.")
+            raise UserError("MaskedDiffusion: the model's mask is 'staged' (block diffusion); give the `block` of its training.")
         if staged and self.shift:
             raise UserError("MaskedDiffusion: shift and block diffusion do not go together: a block does not see its last token.")
         graph.check("MaskedDiffusion", list(keys.values()), [keys["noised"], keys["document_ids"]], f"{self.stream}_logits")
@@ -199,8 +201,7 @@ class MaskedDiffusion:
         enough. ``at``: row [B, 1], position [B, W], number of the step."""
         row, position, number = at
         masked = ids == self.mask_id
-        logits = logits.double()
-        logits[..., self.never] = float("-inf")
+        logits = logits.double().index_fill(-1, torch.tensor(self.never, device=logits.device), float("-inf"))
         element = position + (number << 32)
         if self.temperature == 0:
             token = logits.argmax(-1)

@@ -26,12 +26,15 @@ ROOT = Path(__file__).parents[2]
 Fault = Callable[[], AbstractContextManager[Any]]
 
 _SIZE = ["dim=16", "layers=2", "heads=4", "batch={global: 8, micro: null}"]
-#: both experiments, two layers: QK-norm, biases, grouped heads and (llm) tied embeddings are on
+_TEXT = [
+    *(*_SIZE, "kv_heads=2", "head_dim=8", "mlp_dim=24", "sequence=32"),
+    *("model.trunk.layer.mixer.bias=true", "data.train.pack.max_documents=2"),
+]
+#: experiments on text
+TEXTS = ("llm", "dllm", "block_diffusion")
+#: tiny experiments, two layers: QK-norm, biases, grouped heads and (text) tied embeddings are on
 TINY = {
-    "llm": [
-        *(*_SIZE, "kv_heads=2", "head_dim=8", "mlp_dim=24", "sequence=32"),
-        *("model.trunk.layer.mixer.bias=true", "data.train.pack.max_documents=2"),
-    ],
+    **dict.fromkeys(TEXTS, _TEXT),
     "sit": [
         *(*_SIZE, "patch=7", "image_size=14"),
         *("model.trunk.layer.mixer.qk_norm=true", "model.trunk.layer.mixer.num_kv_heads=2"),
@@ -44,7 +47,7 @@ _PICTURES = {
     "data.sets.train.process": {"_target_": "tests.distributed.toys.AsPicture"},
 }
 DATA = {
-    "llm": {"data.sets.train.source": {"_target_": "tests.distributed.toys.Texts"}},
+    **dict.fromkeys(TEXTS, {"data.sets.train.source": {"_target_": "tests.distributed.toys.Texts"}}),
     "sit": _PICTURES,
     "sit_shipped": _PICTURES,
 }
@@ -199,7 +202,7 @@ def run_one(cfg: Any, fault: Fault | None = None, drawn: Sequence[str] = (), *, 
 def _experiment(name: str) -> Any:
     from l3m_like.config import RunConfig
 
-    cfg = RunConfig.from_file(ROOT / "configs" / "experiment" / f"{name.partition('_')[0]}.yaml", TINY[name])
+    cfg = RunConfig.from_file(ROOT / "configs" / "experiment" / f"{name.removesuffix('_shipped')}.yaml", TINY[name])
     return change(cfg, SHORT | DATA[name])
 
 

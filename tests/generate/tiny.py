@@ -15,12 +15,15 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "experiment"
 PROMPTS = ["ROMEO:", "To be, or not", "a", "Thou art"]
 OVERRIDES = {
     "llm": ["dim=32", "layers=2", "heads=4", "kv_heads=2", "head_dim=8", "mlp_dim=48"],
+    **dict.fromkeys(
+        ("dllm", "block_diffusion"), ["dim=32", "layers=2", "heads=4", "kv_heads=2", "head_dim=8", "mlp_dim=48"]
+    ),
     "sit": ["dim=16", "layers=2", "heads=2", "image_size=8", "patch=2"],
 }
 
 
 def tiny(kind: str, *overrides: str, seed: int = 0) -> Loaded:
-    """The model of ``kind`` ("llm" or "sit") in float64."""
+    """The model of ``kind`` (an experiment's name) in float64."""
     loaded = load(CONFIGS / f"{kind}.yaml", dtype="float64", overrides=[*OVERRIDES[kind], *overrides])
     perturb(loaded.model, seed)
     return loaded

@@ -200,6 +200,10 @@ def test_blocks_do_not_leak(backend: str) -> None:
 
 def test_a_leak_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted fault: noisy tokens see the clean copy of their own block."""
-    monkeypatch.setattr("l3m_like.layers.masks._staged", lambda query, key: (key == query) | ((key % 2 == 1) & (key <= query + 1)))
+
+    def leaking(query: Tensor, key: Tensor) -> Tensor:
+        return (key == query) | ((key % 2 == 1) & (key <= query + 1))
+
+    monkeypatch.setattr("l3m_like.layers.masks._staged", leaking)
     with pytest.raises(AssertionError):
         test_blocks_do_not_leak("sdpa")

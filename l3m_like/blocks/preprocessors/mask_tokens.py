@@ -69,7 +69,7 @@ class MaskTokens(ReadWriteBlock):
         super().__init__(training_only=training_only, **ports)
         check_mask_id("MaskTokens", mask_id, vocab_size)
         if not 0 < p_min <= p_max <= 1:
-            raise UserError(f"MaskTokens: p_min and p_max are {p_min} and {p_max}; they are probabilities, 0 < p_min <= p_max <= 1.")
+            raise UserError(f"MaskTokens: p_min and p_max are {p_min} and {p_max}; it must hold 0 < p_min <= p_max <= 1.")
         for name, value in (("strata", strata), ("block", block)):
             if value is not None and value < 1:
                 raise UserError(f"MaskTokens: {name} is {value}; it is at least 1 (null: none).")
