@@ -94,8 +94,8 @@ class MaskedDiffusion:
             raise UserError(f"MaskedDiffusion: no remasking '{remasking}'. {did_you_mean(remasking, REMASKING)}")
         if threshold is not None and (remasking != "low_confidence" or not 0 < threshold <= 1):
             raise UserError(
-                f"MaskedDiffusion: threshold is {threshold} with remasking {remasking}; it is a probability above 0, and goes with "
-                "low_confidence."
+                f"MaskedDiffusion: threshold is {threshold} with remasking {remasking}; it is a probability above 0, "
+                "and goes with low_confidence."
             )
         if temperature < 0:
             raise UserError(f"MaskedDiffusion: temperature is {temperature}; 0 takes the likeliest token, 1 draws by the model.")

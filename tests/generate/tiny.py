@@ -37,10 +37,10 @@ def save_run(folder: Path, kind: str, *overrides: str, steps: tuple[int, ...] = 
     checkpointer = Checkpointer(folder / "checkpoints", keep_last=len(steps), asynchronous=False)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     for step in steps:
-        tensors = {f"model/{n}": p.detach().to(dtype) for n, p in tiny(kind, seed=step).model.named_parameters()}
+        tensors = {f"model/{n}": p.detach().to(dtype) for n, p in tiny(kind, *overrides, seed=step).model.named_parameters()}
         tensors["optim/main/step"] = torch.ones(())  # what a sampler does not want
         if cfg.ema is not None:
-            tensors |= {f"ema/{n}": p.detach().to(dtype) for n, p in tiny(kind, seed=100 + step).model.named_parameters()}
+            tensors |= {f"ema/{n}": p.detach().to(dtype) for n, p in tiny(kind, *overrides, seed=100 + step).model.named_parameters()}
         checkpointer.save(step, tensors, {"step": step})
     checkpointer.close()
     return folder

@@ -147,3 +147,27 @@ def test_a_batch_norm_is_refused_on_several_ranks() -> None:
     with pytest.raises(UserError, match="preprocessor.module.1 is BatchNorm1d.*GroupNorm"):
         refuse_batch_norm(MetaModel(wrapped), SimpleNamespace(world_size=2))  # type: ignore[arg-type]
     refuse_batch_norm(MetaModel(Frozen(wrapped)), SimpleNamespace(world_size=2))  # type: ignore[arg-type]
+
+
+def test_a_language_model_becomes_a_diffusion_model(tmp_path: Path) -> None:
+    """Of an autoregressive run with a spare row for the mask all weights are taken; with ``shift`` they mean the same."""
+    from l3m_like.training.start_from import load_weights
+    from tests.generate.tiny import save_run, tiny
+
+    run = save_run(tmp_path / "llm", "llm", "vocab_size=258", "data.train.process.vocab_size=257")
+    source = l3m_like.load(run)
+    shift = ["model.noise.mask.shift=true", "loss.elbo.shift=true", "sample.shift=true"]
+    made = tiny("dllm", *shift, seed=5)
+    load_weights(made.model, str(run), strict=True)
+    assert {name for name, _ in made.model.named_parameters()} == {name for name, _ in source.model.named_parameters()}
+    ids = torch.arange(24).view(2, 12)
+    expected = source({"text_ids": ids})["text_logits"]
+    assert not torch.allclose(made({"text_noised": ids})["text_logits"], expected)  # its outputs see all places
+    made.model.trunk.mask = "causal"
+    assert torch.equal(made({"text_noised": ids})["text_logits"], expected)
+    # what it would say in the first place of an answer is what the language model says there
+    greedy = source.generate(prompts=["To be"], max_new_tokens=1, greedy=True).tokens
+    assert made.generate(prompts=["To be"], max_new_tokens=1, temperature=0.0).tokens == greedy
+    narrow = save_run(tmp_path / "narrow", "llm")
+    with pytest.raises(UserError, match=r"257.*258|258.*257"):
+        load_weights(made.model, str(narrow), strict=True)
