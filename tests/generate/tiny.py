@@ -40,7 +40,8 @@ def save_run(folder: Path, kind: str, *overrides: str, steps: tuple[int, ...] = 
         tensors = {f"model/{n}": p.detach().to(dtype) for n, p in tiny(kind, *overrides, seed=step).model.named_parameters()}
         tensors["optim/main/step"] = torch.ones(())  # what a sampler does not want
         if cfg.ema is not None:
-            tensors |= {f"ema/{n}": p.detach().to(dtype) for n, p in tiny(kind, *overrides, seed=100 + step).model.named_parameters()}
+            averaged = tiny(kind, *overrides, seed=100 + step).model.named_parameters()
+            tensors |= {f"ema/{n}": p.detach().to(dtype) for n, p in averaged}
         checkpointer.save(step, tensors, {"step": step})
     checkpointer.close()
     return folder
