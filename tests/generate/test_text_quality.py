@@ -72,7 +72,8 @@ def test_tiny_diffusion_model_writes_as_well_as_its_autoregressive_twin(texts, t
         l3m_like.train(RunConfig.from_file(ROOT / "configs" / "experiment" / f"{name}.yaml", [*size, *quiet, f"steps={steps}"]))
     capsys.readouterr()
     monkeypatch.setattr(NGRAMS, "PROMPTS", ["ab", "jiji"])
-    assert NGRAMS.main("--runs runs/llm runs/dllm --samples 3 --tokens 24 temperature=1 top_p=null".split()) == 0
+    settings = ["--samples", "3", "--tokens", "24", "temperature=1", "top_p=null"]
+    assert NGRAMS.main(["--runs", "runs/llm", "runs/dllm", *settings]) == 0
     rows = {line[:30].strip(): float(line.split()[-3]) for line in capsys.readouterr().out.splitlines()[1:]}
     assert rows["held-out text"] < 3 and rows["unigram samples"] > 50
     assert rows["runs/dllm"] <= 2 * rows["runs/llm"] and rows["runs/dllm"] <= 0.3 * rows["unigram samples"]
