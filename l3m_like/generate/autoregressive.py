@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,12 @@ from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError
 from l3m_like.core.random import uniform_at
+from l3m_like.distributed.compiled import Graphs
 from l3m_like.distributed.mesh import Mesh
-from l3m_like.generate.sampler import Inference, collect, deal, sampling
+from l3m_like.generate.sampler import Inference, collect, deal, forwards, sampling
+
+#: a cache's length is a multiple of this, so that prompts of other lengths meet the same graphs
+_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -53,18 +59,24 @@ class Autoregressive:
     A token is a function of (seed, row, position, logits): it does not depend on the batch it is computed in, on the padding or
     on the mesh. Row ``i * num_samples + j`` is the j-th continuation of prompt i.
 
+    The prompts of a batch run at once; then every token is one step of fixed shapes over the whole cache, in which nothing waits
+    for the device.
+
     Args:
         prompts: texts, or lists of token ids.
         max_new_tokens: per prompt.
         temperature: divides the logits, above 0.
         top_p: draw from the smallest set of tokens that has this much probability (Holtzman et al., arXiv:1904.09751).
         top_k: draw from the k likeliest tokens (applied before ``top_p``).
+        min_p: draw from tokens at least this fraction as likely as the likeliest (arXiv:2407.01082; applied after ``top_p``).
         greedy: always take the likeliest token.
         cache: keep keys and values, so that a step computes one token per row instead of all.
         num_samples: continuations per prompt.
         end: stop a row at the tokenizer's end-of-document token.
         stop: stop a row when its continuation contains one of these texts, which are cut off.
         batch: rows computed at a time, per rank.
+        compile: compile the repeating units for the steps (not for the prompts) and, on one GPU, record a step as a CUDA graph.
+            The first step then takes as long as a compilation does.
         seed: of the draws.
         stream: of the language model's blocks.
 
@@ -80,12 +92,14 @@ class Autoregressive:
         temperature: float = 1.0,
         top_p: float | None = None,
         top_k: int | None = None,
+        min_p: float | None = None,
         greedy: bool = False,
         cache: bool = True,
         num_samples: int = 1,
         end: bool = True,
         stop: Sequence[str] = (),
         batch: int = 64,
+        compile: bool = False,
         seed: int = 0,
         stream: str = "text",
     ) -> None:
@@ -102,17 +116,23 @@ class Autoregressive:
             raise UserError(f"Autoregressive: top_p is {top_p}; it is a probability above 0 and at most 1.")
         if top_k is not None and top_k < 1:
             raise UserError(f"Autoregressive: top_k is {top_k}; it is at least 1.")
+        if min_p is not None and not 0 <= min_p <= 1:
+            raise UserError(f"Autoregressive: min_p is {min_p}; it is a fraction of the largest probability, 0 to 1.")
+        if compile and not cache:
+            raise UserError("Autoregressive: compile needs cache: true; without a cache every step has another shape.")
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p
         self.top_k = top_k
+        self.min_p = min_p
         self.greedy = greedy
         self.cache = cache
         self.num_samples = num_samples
         self.end = end
         self.stop = list(stop)
         self.batch = batch
+        self.compile = compile
         self.seed = seed
         self.stream = stream
 
@@ -124,10 +144,13 @@ class Autoregressive:
         if self.stop and process is None:
             raise UserError("Autoregressive: stop needs a tokenizer: a data.train.process with encode and decode.")
         found: dict[int, list[int]] = {}
+        graphs = Graphs() if self.compile else None
         with sampling(model, eager=True) as graph:
             self.check(graph)
             for rows, count in deal(len(prompts) * self.num_samples, self.batch, mesh):
-                tokens = self._generate(graph, [prompts[row // self.num_samples] for row in rows], rows, count, process, mesh)
+                given = [prompts[row // self.num_samples] for row in rows]
+                endings = Endings(len(rows) if count else 0, self._end(process), self.stop, process)
+                tokens = self._generate(graph, given, rows, endings, graphs, mesh)
                 found |= dict(zip(rows, tokens, strict=True)) if count else {}
         tokens = collect(found, mesh)
         given = [self._text(prompt, process, cut=False) for prompt in prompts for _ in range(self.num_samples)]
@@ -143,6 +166,9 @@ class Autoregressive:
         if not ids:
             raise UserError(f"Autoregressive: the prompt {prompt!r} has no token; the first token needs one before it.")
         return ids
+
+    def _end(self, process: Any) -> int | None:
+        return process.end_id if self.end and process is not None else None
 
     def _text(self, tokens: Sequence[int], process: Any, cut: bool = True) -> str | None:
         if process is None:
@@ -169,7 +195,13 @@ class Autoregressive:
         graph.check("Autoregressive", supplied, [self._key("ids"), self._key("document_ids")], self._key("logits"))
 
     def _generate(
-        self, graph: Inference, prompts: Sequence[list[int]], rows: Sequence[int], count: bool, process: Any, mesh: Mesh | None
+        self,
+        graph: Inference,
+        prompts: Sequence[list[int]],
+        rows: Sequence[int],
+        endings: Endings,
+        graphs: Graphs | None,
+        mesh: Mesh | None,
     ) -> list[list[int]]:
         """The new tokens of each row. Every rank runs as many steps as the rank that needs most."""
         longest = max(map(len, prompts))
@@ -179,42 +211,49 @@ class Autoregressive:
         for number, prompt in enumerate(prompts):
             ids[number, longest - len(prompt) : longest] = torch.tensor(prompt)
         place = torch.arange(total).expand_as(ids)
-        documents = torch.where(place < padding, -1, 0).to(torch.int32).to(graph.device)
-        positions = (place - padding).clamp(min=0).to(graph.device)
-        ids, row = ids.to(graph.device), torch.tensor(rows, device=graph.device)
+        keys = {"ids": ids, "positions": (place - padding).clamp(min=0)}
+        if bool(padding.any()) or graph.requires(self._key("document_ids")):  # without padding, attention has a simpler mask
+            keys["document_ids"] = torch.where(place < padding, -1, 0).to(torch.int32)
+        keys = {port: value.to(graph.device) for port, value in keys.items()}
+        ids, positions, row = keys["ids"], keys["positions"], torch.tensor(rows, device=graph.device)
         cached = graph.cached if self.cache else []
-        caches = {block.reads["cache"]: block.make_cache(len(prompts), total, graph.device) for _, block in cached}
-        end = process.end_id if self.end and process is not None else None
-        finished = torch.full((len(prompts),), not count, device=graph.device)
-        start = 0
-        for now in range(longest, total):
-            keys = {"ids": ids, "positions": positions, "document_ids": documents}
-            data = graph({self._key(port): value[:, start:now] for port, value in keys.items()} | caches)
-            token = self._draw(data[self._key("logits")][:, -1], row, positions[:, now])
+        room = -(-total // _LENGTH) * _LENGTH
+        caches = {block.reads["cache"]: block.make_cache(len(prompts), room, graph.device) for _, block in cached}
+        following = torch.tensor([longest], device=graph.device)  # the place of the token that is drawn next
+
+        def draw_from(columns: Callable[[Tensor], Tensor]) -> None:
+            data = graph({self._key(port): columns(value) for port, value in keys.items()} | caches)
+            token = self._draw(data[self._key("logits")][:, -1], row, positions.index_select(1, following).squeeze(1))
             if mesh is not None and mesh.size("tp") > 1:
                 # their logits may differ in the last bit, and two histories of one row must not part
                 dist.broadcast(token, group_src=0, group=mesh["tp"].get_group())
-            ids[:, now] = token
-            start = now if self.cache else 0
-            if end is None and not self.stop:
-                continue  # nothing ends early: no reason to wait for the device
-            finished |= token == (-1 if end is None else end)
-            for number in range(len(prompts)) if self.stop else ():
-                text = process.decode(ids[number, longest : now + 1].tolist())
-                finished[number] |= any(stop in text for stop in self.stop)
-            left = (~finished).sum()
-            if int(left if mesh is None else mesh.sum(left)) == 0:
-                break
-        return [self._until_end(new, end, process) for new in ids[:, longest : now + 1].tolist()]
+            ids.index_copy_(1, following, token.unsqueeze(1))
+            following.add_(1)
 
-    def _until_end(self, tokens: list[int], end: int | None, process: Any) -> list[int]:
-        """A row's tokens to its own end: others in its batch may have gone on longer."""
-        tokens = tokens[: tokens.index(end)] if end in tokens else tokens
-        for length in range(1, len(tokens) + 1) if self.stop else ():
-            text = process.decode(tokens[:length])
-            if any(stop in text for stop in self.stop):
-                return tokens[:length]
-        return tokens
+        def step() -> None:
+            draw_from(lambda value: value.index_select(1, following - 1))
+
+        alone = graph.device.type == "cuda" and (mesh is None or mesh.world_size == 1)
+        recorded = graphs is not None and alone and not torch.are_deterministic_algorithms_enabled()
+        look = look_every(graph.device)
+        run: Callable[[], None] = step
+        seen = 0
+        with ExitStack() as stack:
+            for new in range(1, self.max_new_tokens + 1):
+                if new == 1 or not self.cache:
+                    draw_from(lambda value, end=longest + new - 1: value[:, :end])
+                else:
+                    if new == 2:
+                        stack.enter_context(forwards(graph.units, graphs))
+                    if new == 3 and recorded:  # the second token's step has made all that is made once
+                        run = record(step)
+                    run()
+                if endings.possible and (new % look == 0 or new == self.max_new_tokens):
+                    left = endings.left(ids[:, longest + seen : longest + new].tolist())
+                    seen = new
+                    if (left if mesh is None else int(mesh.sum(torch.tensor(left, device=graph.device)))) == 0:
+                        break
+        return [endings.cut(tokens) for tokens in ids[:, longest : longest + new].tolist()]
 
     def _draw(self, logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
         """Next tokens [B] for logits [B, V] of ``row`` [B], to stand at ``position`` [B]."""
@@ -223,21 +262,81 @@ class Autoregressive:
         uniform = uniform_at(self.seed, f"generate/{self.stream}", row, position)
         if logits.is_cuda and torch.are_deterministic_algorithms_enabled():
             logits, uniform = logits.cpu(), uniform.cpu()  # the sum along the vocabulary has no deterministic kernel there
-        return draw(probabilities(logits, self.temperature, self.top_k, self.top_p), uniform).to(row.device)
+        return draw(probabilities(logits, self.temperature, self.top_k, self.top_p, self.min_p), uniform).to(row.device)
 
 
-def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """What tokens are drawn from: [..., V] float64, in that order temperature, top-k, top-p; at least one token is left."""
+class Endings:
+    """Which rows have ended, told from their new tokens as these reach the host, and where.
+
+    Args:
+        rows: how many there are (0: this rank has none that count).
+        end: the token that ends a row, or None.
+        stop: texts that end a row.
+        process: decodes tokens, for ``stop``.
+    """
+
+    def __init__(self, rows: int, end: int | None, stop: Sequence[str], process: Any) -> None:
+        self.end, self.stop, self.process = end, stop, process
+        #: whether a row can end before its last token
+        self.possible = end is not None or bool(stop)
+        self.running = set(range(rows))
+        # a token is a byte at least; a text that begins within a token, or within a character, begins in the part before
+        self.margin = max((len(text.encode()) for text in stop), default=0) + 8
+        self.tails: list[list[int]] = [[] for _ in range(rows)]
+
+    def left(self, new: Sequence[Sequence[int]]) -> int:
+        """Rows that go on after these ``new`` tokens of all rows."""
+        for row in sorted(self.running):
+            tail = self.tails[row] + list(new[row])
+            self.tails[row] = tail[-self.margin :]
+            if self.end in new[row] or (self.stop and self._stops(tail)):
+                self.running.remove(row)
+        return len(self.running)
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """A row's tokens to its own end: others of its batch may have gone on longer."""
+        tokens = tokens[: tokens.index(self.end)] if self.end in tokens else tokens
+        if not self.stop or not self._stops(tokens):
+            return tokens
+        return tokens[: bisect.bisect_left(range(len(tokens)), True, key=lambda length: self._stops(tokens[:length]))]
+
+    def _stops(self, tokens: Sequence[int]) -> bool:
+        text = self.process.decode(tokens)
+        return any(stop in text for stop in self.stop)
+
+
+def look_every(device: torch.device) -> int:
+    """Tokens between two looks at what has ended: a look makes the host wait for an accelerator."""
+    return 1 if device.type == "cpu" else 16
+
+
+def record(step: Callable[[], None]) -> Callable[[], None]:
+    """``step`` as a CUDA graph: what it reads and writes stays where it is, and a call is one launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def probabilities(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    """What tokens are drawn from: [..., V] float64, after temperature, top-k, top-p and min-p in that order; one is left always."""
     scores = logits.double() / temperature
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[..., -1:], float("-inf"))
     chances = scores.softmax(-1)
-    if top_p is None or top_p >= 1:
-        return chances
-    ordered, order = chances.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered  # the probability of all likelier ones
-    kept = ordered.masked_fill((before >= top_p) & (order != order[..., :1]), 0.0)
-    chances = torch.zeros_like(chances).scatter(-1, order, kept)
+    if top_p is not None and top_p < 1:
+        ordered, order = chances.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered  # the probability of all likelier ones
+        kept = ordered.masked_fill((before >= top_p) & (order != order[..., :1]), 0.0)
+        chances = torch.zeros_like(chances).scatter(-1, order, kept)
+    if min_p:
+        chances = chances.masked_fill(chances < min_p * chances.amax(-1, keepdim=True), 0.0)
     return chances / chances.sum(-1, keepdim=True)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from l3m_like.core.block import Data, ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.wiring import parts_of
+from l3m_like.distributed.compiled import Graphs
 from l3m_like.distributed.mesh import Mesh, gather_objects
 from l3m_like.distributed.parallelize import reshard
 
@@ -63,6 +64,8 @@ class Inference:
         ]
         #: of these, the blocks that make a key/value cache
         self.cached: list[tuple[str, Any]] = [(path, block) for path, block in self.blocks if hasattr(block, "make_cache")]
+        #: the repeating units of all of them
+        self.units: list[nn.Module] = [unit for _, block in self.blocks for unit in block.shard_units()]
         parameter = next(model.parameters())
         self.device = parameter.device
         self.dtype = parameter.dtype
@@ -71,6 +74,10 @@ class Inference:
         for name, part in self.parts.items():
             data = part(data, self.graphs[name])  # the root's forward: the one way into a sharded model
         return data
+
+    def requires(self, key: str) -> bool:
+        """Whether some block cannot do without ``key``."""
+        return any(block.reads[port] == key for _, block in self.blocks for port in block.required)
 
     def check(self, sampler: str, supplied: Sequence[str], needed: Sequence[str], result: str) -> None:
         """Check that the graph reads the keys that a sampler supplies, and writes what it wants.
@@ -104,18 +111,34 @@ class Inference:
 
 
 @contextmanager
+def forwards(units: Sequence[nn.Module], graphs: Graphs | None = None) -> Iterator[None]:
+    """The units' own ``forward`` for a while, without what training put around it (checkpointing, compilation, offload);
+    compiled by ``graphs``, if there are any."""
+    kept = [vars(unit).pop("forward", None) for unit in units]
+    if graphs is not None:
+        graphs.compile(units)
+    try:
+        yield
+    finally:
+        for unit, forward in zip(units, kept, strict=True):
+            vars(unit).pop("forward", None)
+            if forward is not None:
+                unit.forward = forward
+
+
+@contextmanager
 def sampling(model: nn.Module, *, eager: bool = False) -> Iterator[Inference]:
     """The inference graph of ``model`` for a while: no gradients, evaluation mode; the model is left as it was found.
 
     Args:
-        eager: do not compile (a length that grows by one each time would be compiled anew each time).
+        eager: do not compile (shapes that are not those of training would be compiled anew).
     """
     graph = Inference(model)
     modes = [(part, part.training) for part in graph.parts.values()]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if eager and any(module._compiled_call_impl is not None for module in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if eager:
+            stack.enter_context(forwards(graph.units))
         reshard(model)
         for part, _ in modes:
             part.eval()

@@ -30,7 +30,8 @@ class AttentionMask:
             attends to nothing and is seen by nothing (what a backend writes there is unspecified, and finite).
         kv_document_ids: int [B, Skv] (None: ``document_ids``).
         prefix_lengths: int [B], for kind "prefix".
-        query_start: place of the first query in the row of keys (tokens already in a key/value cache).
+        query_start: place of the first query in the row of keys (tokens already in a key/value cache); an int64 scalar on the
+            device where no host number may be part of the graph: places behind the last query are then not written yet.
         cu_seqlens: int32 [N + 1], the borders of the same documents over B*S, padding between borders of its own; what the
             backends for packed rows want.
         window: a query sees keys less than this many places away (causal: the last ``window`` keys, its own included).
@@ -40,7 +41,7 @@ class AttentionMask:
     document_ids: Tensor | None = None
     kv_document_ids: Tensor | None = None
     prefix_lengths: Tensor | None = None
-    query_start: int = 0
+    query_start: int | Tensor = 0
     cu_seqlens: Tensor | None = None
     window: int | None = None
 
@@ -72,7 +73,7 @@ def choose_backend(
     Raises:
         UserError: the backend that was asked for cannot do this mask exactly, with what can.
     """
-    square = mask.query_start == 0 and query_length == kv_length and mask.kv_document_ids is None
+    square = _begins(mask) and query_length == kv_length and mask.kv_document_ids is None
     half = dtype in (torch.float16, torch.bfloat16)
     plain = mask.kind != "prefix" and square and mask.window is None and mask.document_ids is None
     bordered = mask.kind != "prefix" and square and (mask.document_ids is None or mask.cu_seqlens is not None)
@@ -98,6 +99,11 @@ def choose_backend(
     if problem:
         raise UserError(f"attention backend {asked}: {problem}. Use 'auto', which picks one that is exact for the mask.")
     return "sdpa" if meta and asked != "reference" else asked
+
+
+def _begins(mask: AttentionMask) -> bool:
+    """Whether the queries are known to begin where the keys do."""
+    return isinstance(mask.query_start, int) and mask.query_start == 0
 
 
 def lower(
@@ -129,15 +135,16 @@ def lower(
     if backend in ("flash", "cudnn"):
         return LoweredMask(backend, causal=causal)
     if backend == "sdpa" and mask.document_ids is None and (mask.window is None or mask.window >= kv_length):
-        if mask.kind == "full" or (causal and query_length == 1 and mask.query_start + 1 == kv_length):
+        known = isinstance(mask.query_start, int)
+        if known and (mask.kind == "full" or (causal and query_length == 1 and mask.query_start + 1 == kv_length)):
             return LoweredMask()
-        if causal and mask.query_start == 0 and query_length == kv_length:
+        if causal and _begins(mask) and query_length == kv_length:
             return LoweredMask(causal=True)
     return _dense(mask, backend, query_length, kv_length, device)
 
 
 def _dense(mask: AttentionMask, backend: str, query_length: int, kv_length: int, device: torch.device) -> LoweredMask:
-    query = torch.arange(mask.query_start, mask.query_start + query_length, device=device).view(1, 1, -1, 1)
+    query = (torch.arange(query_length, device=device) + mask.query_start).view(1, 1, -1, 1)
     key = torch.arange(kv_length, device=device).view(1, 1, 1, -1)
     allowed = torch.ones(1, 1, query_length, kv_length, dtype=torch.bool, device=device)
     if mask.kind != "full":
@@ -147,6 +154,8 @@ def _dense(mask: AttentionMask, backend: str, query_length: int, kv_length: int,
         allowed = allowed | ((query < length) & (key < length))
     if mask.window is not None:
         allowed = allowed & ((query - key).abs() < mask.window)
+    if not isinstance(mask.query_start, int):
+        allowed = allowed & (key < mask.query_start + query_length)
     if mask.document_ids is None:
         return LoweredMask(backend, allowed)
     query_document = mask.document_ids[:, None, :, None]
@@ -176,11 +185,13 @@ def _blocks(mask: AttentionMask, batch: int, query_length: int, kv_length: int, 
             seen = seen | ((place < prefix[row]) & (key < prefix[row]))
         if window is not None:
             seen = seen & ((place - key).abs() < window)
+        if not isinstance(start, int):
+            seen = seen & (key < start + query_length)
         if ids is not None and kv_ids is not None:
             seen = seen & (ids[row, query] == kv_ids[row, key]) & (ids[row, query] >= 0)
         return seen
 
-    first_q = torch.arange(start, start + query_length, _BLOCK, device=device).view(1, -1, 1)
+    first_q = (torch.arange(0, query_length, _BLOCK, device=device) + start).view(1, -1, 1)
     first_k = torch.arange(0, kv_length, _BLOCK, device=device).view(1, 1, -1)
     last_q, last_k = first_q + _BLOCK - 1, first_k + _BLOCK - 1
     some = first_q >= 0 if mask.kind == "full" else first_k <= last_q  # a pair may be allowed
@@ -199,6 +210,8 @@ def _blocks(mask: AttentionMask, batch: int, query_length: int, kv_length: int, 
         some = some & (high_q >= 0) & (low_q <= high_k) & (low_k <= high_q)
         every = every & (low_q == high_q) & (low_k == high_k) & (low_q == low_k) & (low_q >= 0)
     every = every & (last_q < start + query_length) & (last_k < kv_length)
+    if not isinstance(start, int):
+        every = every & (last_k < start + query_length)
     (few, few_at), (full, full_at) = (_listed(x) for x in (some & ~every, some & every))
     return BlockMask.from_kv_blocks(
         few, few_at, full, full_at, BLOCK_SIZE=_BLOCK, mask_mod=allowed, seq_lengths=(query_length, kv_length)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from l3m_like.core import MetaModel, ReadWriteBlock, UserError
 from l3m_like.data import Tokenize
-from l3m_like.generate import Autoregressive
-from l3m_like.generate.autoregressive import draw, probabilities
+from l3m_like.distributed import compiled
+from l3m_like.generate import Autoregressive, autoregressive
+from l3m_like.generate.autoregressive import Endings, draw, probabilities
 from l3m_like.training.load import Loaded
 from tests.generate.tiny import PROMPTS, tiny
 
@@ -62,6 +63,59 @@ def test_logits_are_those_of_the_whole_text(loaded) -> None:
         assert float((logits[row] - wrong).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("window", [1, 5], ids="window {}".format)
+def test_windows_with_a_cache_are_exact(window) -> None:
+    model = tiny("llm", f"+model.trunk.layer.mixer.window={window}")
+    tokens, logits = record(model, greedy=True)
+    tokens_other, logits_other = record(model, greedy=True, cache=False)
+    assert tokens == tokens_other
+    for row, steps in logits.items():
+        assert float((steps - logits_other[row]).abs().max()) < 1e-10
+    assert tokens != record(tiny("llm"), greedy=True)[0]
+
+
+def test_a_step_is_one_graph_for_all_tokens_and_batches(loaded, monkeypatch) -> None:
+    """Traced by the compiler and run as it is (the code that it would make is no matter of shapes)."""
+    made = []
+
+    class Kept(compiled.Graphs):
+        def __init__(self) -> None:
+            super().__init__(limit=1, backend="eager")
+            made.append(self)
+
+    monkeypatch.setattr(autoregressive, "Graphs", Kept)
+    prompts = ["ROMEO:", "To be, or not", "a", "Thou art"]
+    expected = Autoregressive(prompts, 12, end=False, batch=2).run(loaded.model, process=BYTES).tokens
+    found = Autoregressive(prompts, 12, end=False, batch=2, compile=True).run(loaded.model, process=BYTES).tokens
+    assert found == expected
+    assert made[0].counts == {"TransformerLayer": {"training": 0, "evaluation": 1}}
+    assert all("forward" not in vars(unit) for unit in loaded.model.trunk.layers)
+
+
+def test_greedy_tokens_are_those_of_transformers(loaded) -> None:
+    """Four prompts of unequal length, with the weights of a Qwen3 of the same size."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from l3m_like.pretrained import export_state
+    from l3m_like.pretrained.qwen3 import name_map
+
+    config = Qwen3Config(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, rms_norm_eps=1e-6, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    theirs = Qwen3ForCausalLM(config).eval()
+    names = name_map(2, qk_norm=True, tied=True)
+    theirs.load_state_dict(export_state(names, dict(loaded.model.named_parameters())), strict=False)
+    prompts = [BYTES.encode(prompt) for prompt in PROMPTS]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    out = theirs.generate(ids, attention_mask=seen, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    found = Autoregressive(PROMPTS, 16, greedy=True, end=False).run(loaded.model, process=BYTES)
+    assert found.tokens == out[:, longest:].tolist()
+    assert len({tuple(tokens) for tokens in found.tokens}) == 4 and max(len(set(tokens)) for tokens in found.tokens) > 4
+
+
 def test_padding_would_be_seen_without_document_ids(loaded) -> None:
     ids = torch.tensor([[0, 0, *BYTES.encode("a cat")]])
     place = (torch.arange(7) - 2).clamp(min=0).view(1, -1)
@@ -94,16 +148,21 @@ def test_the_model_is_left_as_it_was(loaded) -> None:
 
 
 def test_filters_are_those_of_transformers() -> None:
-    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+    from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = torch.randn(64, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
-    for top_k, top_p in ((None, 0.9), (7, None), (20, 0.5), (None, 1e-9), (1, None)):
+    for top_k, top_p, min_p in (
+        (None, 0.9, None), (7, None, None), (20, 0.5, None), (None, 1e-9, None), (1, None, None),
+        (None, None, 0.05), (50, 0.9, 0.1), (None, None, 1.0), (None, None, 0.0),
+    ):  # fmt: skip
         expected = logits / 0.7
         if top_k is not None:
             expected = TopKLogitsWarper(top_k)(None, expected)
         if top_p is not None:
             expected = TopPLogitsWarper(top_p)(None, expected)
-        found = probabilities(logits, 0.7, top_k, top_p)
+        if min_p is not None:
+            expected = MinPLogitsWarper(min_p)(None, expected)
+        found = probabilities(logits, 0.7, top_k, top_p, min_p)
         assert torch.equal(found > 0, expected > -torch.inf)
         assert torch.allclose(found, expected.softmax(-1), rtol=1e-12, atol=0)
 
@@ -156,6 +215,28 @@ def test_a_row_ends_at_a_stop_text() -> None:
     assert model.head.calls == 5
 
 
+def test_stop_texts_are_found_wherever_the_host_looks() -> None:
+    """Across the border of two looks, inside of characters of several bytes, and far from the beginning."""
+    text = "x" * 50 + "ä€ stöp and on"
+    tokens = BYTES.encode(text)
+    for look in (1, 3, 16, 200):
+        endings = Endings(1, None, ["stöp"], BYTES)
+        left = [endings.left([tokens[start : start + look]]) for start in range(0, len(tokens), look)]
+        first = next(number for number, rows in enumerate(left) if rows == 0)
+        end = len(text[: text.index("stöp") + 4].encode())
+        assert first == (end - 1) // look
+        assert endings.cut(tokens) == tokens[:end]
+
+
+def test_looking_seldom_changes_nothing(loaded, monkeypatch) -> None:
+    settings = {"end": True, "stop": ["b", "e"], "seed": 3}
+    expected = Autoregressive(PROMPTS, 20, **settings).run(loaded.model, process=BYTES)
+    assert len({len(tokens) for tokens in expected.tokens}) > 1
+    for every in (7, 50):
+        monkeypatch.setattr(autoregressive, "look_every", lambda device, every=every: every)
+        assert Autoregressive(PROMPTS, 20, **settings).run(loaded.model, process=BYTES) == expected
+
+
 def test_token_ids_without_a_tokenizer() -> None:
     model = MetaModel(head=Successor(), stream="text")
     texts = Autoregressive([[1, 2]], 3, greedy=True, cache=False).run(model)
@@ -175,6 +256,8 @@ def test_token_ids_without_a_tokenizer() -> None:
         ({"temperature": 0.0}, "greedy: true"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": 0}, "top_k is 0"),
+        ({"min_p": 2.0}, "min_p is 2"),
+        ({"compile": True, "cache": False}, "compile needs cache"),
         ({"stream": "txt"}, "Did you mean 'txt_ids'|reads 'text_ids'"),
     ],
 )

@@ -17,7 +17,9 @@ from l3m_like.distributed.gradients import local
 from l3m_like.distributed.mesh import build_mesh
 from l3m_like.generate import FlowODE
 from tests.distributed.pool import run as on_ranks
+from tests.generate.test_autoregressive import BYTES, Recording
 from tests.generate.tiny import PROMPTS, save_run, tiny
+from tests.parity.rule import check_values
 
 ROOT = Path(__file__).parents[2]
 IMAGES = {"steps": 2, "num_samples": 5, "guidance": 2.0, "method": "heun"}
@@ -56,6 +58,23 @@ def test_texts_on_a_mesh(runs, axes) -> None:
     assert len({len(tokens) for tokens in expected[-1][0]}) > 1
     for found in on_ranks(2, sampled, runs["llm"], axes, False, calls):
         assert found == expected
+
+
+def logits_of_steps(run: Path, axes: dict[str, int] | None) -> dict[int, torch.Tensor]:
+    """``{row: logits of every step}`` of the rows that this rank computes."""
+    loaded = load(run, mesh=build_mesh(axes) if axes else None)
+    sampler = Recording(PROMPTS[:3], 8, end=False)
+    sampler.run(loaded.model, process=BYTES, mesh=loaded.mesh)
+    return {row: torch.stack(steps) for row, steps in sampler.seen.items()}
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}], ids=str)
+def test_logits_of_every_step_on_a_mesh(runs, axes) -> None:
+    expected = logits_of_steps(runs["llm"], None)
+    for found in on_ranks(2, logits_of_steps, runs["llm"], axes):
+        assert set(found) <= set(expected)
+        for row, logits in found.items():
+            check_values(logits[: len(expected[row])], expected[row])
 
 
 def sampled_in_training(run: Path, broken: bool) -> tuple[list[torch.Tensor], bool]:

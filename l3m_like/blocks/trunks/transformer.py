@@ -75,21 +75,22 @@ class Transformer(ReadWriteBlock):
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
     ) -> Tensor:
-        batch, length = tokens.shape[:2]
-        start, kv_ids = 0, None
+        length = tokens.shape[1]
+        start: int | Tensor = 0
+        kv_ids, kv_length = None, length
         if cache is not None:
-            cache.reserve(batch, length)
-            start, kv_ids = cache.length, cache.write_documents(document_ids, length)
+            start, kv_length = cache.begin(tokens)
+            kv_ids = cache.write_documents(document_ids)
         if positions is None:
-            positions = torch.arange(start, start + length, device=tokens.device)
+            positions = torch.arange(length, device=tokens.device) + start
         rope = self.rope(positions, tokens.dtype) if self.rope is not None else None
         mask = AttentionMask(self.mask, document_ids, kv_ids, prefix_lengths, start, cu_seqlens)
-        masks = LayerMasks(mask, length, start + length, tokens, self.attention_used if cache is None else None)
+        masks = LayerMasks(mask, length, kv_length, tokens, self.attention_used if cache is None else None)
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
             tokens = layer(tokens, rope, masks.of(layer), layer_cache)
         if cache is not None:
-            cache.length += length
+            cache.end(tokens)
         return tokens
 
     def make_cache(
