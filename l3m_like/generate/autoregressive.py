@@ -325,7 +325,7 @@ def probabilities(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """What tokens are drawn from: [..., V] float64, after temperature, top-k, top-p and min-p in that order; one is left always."""
+    """What tokens are drawn from, [..., V] float64: temperature, top-k, top-p, min-p, in this order; one token is always left."""
     scores = logits.double() / temperature
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[..., -1:], float("-inf"))

@@ -92,12 +92,18 @@ def test_a_step_is_one_graph_for_all_tokens_and_batches(loaded, monkeypatch) -> 
     assert all("forward" not in vars(unit) for unit in loaded.model.trunk.layers)
 
 
-def test_greedy_tokens_are_those_of_transformers(loaded) -> None:
+def test_greedy_tokens_are_those_of_transformers() -> None:
     """Four prompts of unequal length, with the weights of a Qwen3 of the same size."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
+    loaded = tiny("llm")
+    with torch.no_grad():
+        for parameter in loaded.model.trunk.parameters():
+            parameter *= 3  # smaller weights say one word for ever
     from l3m_like.pretrained import export_state
     from l3m_like.pretrained.qwen3 import name_map
+    from l3m_like.pretrained.torchvision_ops import allow_torchvision
+
+    allow_torchvision()
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
         vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
