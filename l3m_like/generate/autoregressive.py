@@ -76,7 +76,7 @@ class Autoregressive:
         stop: stop a row when its continuation contains one of these texts, which are cut off.
         batch: rows computed at a time, per rank.
         compile: compile the repeating units for the steps (not for the prompts) and, on one GPU, record a step as a CUDA graph.
-            The first step then takes as long as a compilation does.
+            The first step then takes as long as a compilation does; later runs of the same sampler have it already.
         seed: of the draws.
         stream: of the language model's blocks.
 
@@ -132,7 +132,7 @@ class Autoregressive:
         self.end = end
         self.stop = list(stop)
         self.batch = batch
-        self.compile = compile
+        self.graphs = Graphs(limit=None) if compile else None
         self.seed = seed
         self.stream = stream
 
@@ -144,13 +144,12 @@ class Autoregressive:
         if self.stop and process is None:
             raise UserError("Autoregressive: stop needs a tokenizer: a data.train.process with encode and decode.")
         found: dict[int, list[int]] = {}
-        graphs = Graphs() if self.compile else None
         with sampling(model, eager=True) as graph:
             self.check(graph)
             for rows, count in deal(len(prompts) * self.num_samples, self.batch, mesh):
                 given = [prompts[row // self.num_samples] for row in rows]
                 endings = Endings(len(rows) if count else 0, self._end(process), self.stop, process)
-                tokens = self._generate(graph, given, rows, endings, graphs, mesh)
+                tokens = self._generate(graph, given, rows, endings, mesh)
                 found |= dict(zip(rows, tokens, strict=True)) if count else {}
         tokens = collect(found, mesh)
         given = [self._text(prompt, process, cut=False) for prompt in prompts for _ in range(self.num_samples)]
@@ -200,7 +199,6 @@ class Autoregressive:
         prompts: Sequence[list[int]],
         rows: Sequence[int],
         endings: Endings,
-        graphs: Graphs | None,
         mesh: Mesh | None,
     ) -> list[list[int]]:
         """The new tokens of each row. Every rank runs as many steps as the rank that needs most."""
@@ -234,7 +232,7 @@ class Autoregressive:
             draw_from(lambda value: value.index_select(1, following - 1))
 
         alone = graph.device.type == "cuda" and (mesh is None or mesh.world_size == 1)
-        recorded = graphs is not None and alone and not torch.are_deterministic_algorithms_enabled()
+        recorded = self.graphs is not None and alone and not torch.are_deterministic_algorithms_enabled()
         look = look_every(graph.device)
         run: Callable[[], None] = step
         seen = 0
@@ -244,7 +242,7 @@ class Autoregressive:
                     draw_from(lambda value, end=longest + new - 1: value[:, :end])
                 else:
                     if new == 2:
-                        stack.enter_context(forwards(graph.units, graphs))
+                        stack.enter_context(forwards(graph.units, self.graphs))
                     if new == 3 and recorded:  # the second token's step has made all that is made once
                         run = record(step)
                     run()

@@ -292,6 +292,28 @@ def _causal_attention(
     return sdpa_attention_forward(module, query, key, value, None, **settings)
 
 
+def transformers_family(sizes: Decoder) -> tuple[str, str, Any, Any]:
+    """``(family, prefix of its classes, its modeling module, a config of these sizes)`` in transformers."""
+    allow_torchvision()
+    family, prefix = ("qwen3", "Qwen3") if sizes.qk_norm else ("llama", "Llama")
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    configuration = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
+    config = getattr(configuration, f"{prefix}Config")(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.dim,
+        intermediate_size=sizes.mlp_dim,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        max_position_embeddings=1 << 20,
+        rms_norm_eps=sizes.norm_eps,
+        tie_word_embeddings=sizes.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": sizes.theta},
+    )
+    return family, prefix, modeling, config
+
+
 def transformers_decoder(
     sizes: Decoder,
     device: torch.device,
@@ -308,28 +330,11 @@ def transformers_decoder(
         liger: with Liger's kernels, logits and cross-entropy fused.
         attention: kernels in order of preference.
     """
-    allow_torchvision()
+    family, prefix, modeling, config = transformers_family(sizes)
     from transformers import AttentionInterface
 
-    family = "qwen3" if sizes.qk_norm else "llama"
-    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    configuration = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
-    prefix = "Qwen3" if sizes.qk_norm else "Llama"
     AttentionInterface.register("l3m_like_causal", _causal_attention)
-    config = getattr(configuration, f"{prefix}Config")(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.dim,
-        intermediate_size=sizes.mlp_dim,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        max_position_embeddings=1 << 20,
-        rms_norm_eps=sizes.norm_eps,
-        tie_word_embeddings=sizes.tied,
-        rope_parameters={"rope_type": "default", "rope_theta": sizes.theta},
-        use_cache=False,
-    )
+    config.use_cache = False
     config._attn_implementation = "sdpa" if documents else "l3m_like_causal"
     with contextlib.ExitStack() as changes:
         if liger:
