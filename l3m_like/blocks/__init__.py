@@ -13,5 +13,6 @@ __getattr__, __dir__, __all__ = lazy(
         "trunks.dit": ["DiT"],
         "heads.language_model": ["LanguageModelHead"],
         "heads.pixels": ["PatchDecode"],
+        "hf_model": ["HFModel"],
     },
 )
