@@ -135,7 +135,8 @@ class HFModel(ReadWriteBlock):
         outputs: Sequence[str],
     ) -> dict[str, Tensor]:
         self._constants_to(ids.device)
-        document_ids = document_ids if self.packed else None
+        if not self.packed:  # positions that begin anew would tell transformers of documents
+            positions = document_ids = None
         if positions is None and document_ids is not None:
             positions = positions_of(document_ids)
         if "nll" in outputs and targets is None:

@@ -88,7 +88,8 @@ def apply_tensor_parallel(part: MetaModel, mesh: Mesh) -> None:
     """Apply every layer's own ``tp_plan``; each name is checked, and so is each parameter of a unit that has a plan."""
     planned: set[str] = set()
     for path, module in part.named_modules():
-        for name, style in getattr(module, "tp_plan", dict)().items():
+        plan = getattr(module, "tp_plan", None)
+        for name, style in (plan() if callable(plan) else {}).items():  # transformers' models have a dict of this name
             where = f"{path}.{name}" if path else name
             if style not in TP_STYLES:
                 raise UserError(f"tp_plan of {path}: '{style}' is not a style. {did_you_mean(style, TP_STYLES)}")
