@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy(
         "processors.chat": ["Chat"],
         "processors.chat_images": ["ChatImages"],
         "processors.prompt_response": ["PromptResponse"],
+        "processors.multiple_choice": ["MultipleChoice"],
         "processors.fill_in_the_middle": ["FillInTheMiddle"],
         "processors.pixels": ["Pixels"],
         "processors.class_image": ["ClassImage"],

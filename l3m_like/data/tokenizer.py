@@ -99,6 +99,15 @@ class TextTokenizer:
             return "<end>".join(self.decode(part) for part in _split(ids, BYTES))
         return self._file.decode([int(token) for token in ids], skip_special_tokens=False)
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each token id stands for, [V]; special tokens, and ids that are no tokens, stand for none."""
+        if self.is_bytes:
+            return [bytes([byte]) for byte in range(BYTES)] + [b""]
+        special = {id for id, token in self._file.get_added_tokens_decoder().items() if token.special}
+        names = {id: name for name, id in self._file.get_vocab(with_added_tokens=True).items() if id not in special}
+        of = _byte_level if "ByteLevel" in str(self._file.decoder) else _by_pieces
+        return [of(names[id]) if id in names else b"" for id in range(self.vocab_size)]
+
     @cached_property
     def _file(self) -> Tokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its own threads would only get in the way of ours
@@ -127,3 +136,25 @@ def _split(ids: Sequence[int], at: int) -> list[list[int]]:
         else:
             parts[-1].append(int(token))
     return parts
+
+
+def _byte_level(token: str) -> bytes:
+    """The bytes of a token of a byte-level vocabulary (GPT-2, Llama 3, Qwen), in which every byte is written as one character."""
+    return bytes(_BYTE_OF[character] for character in token) if all(c in _BYTE_OF for c in token) else token.encode()
+
+
+def _by_pieces(token: str) -> bytes:
+    """The bytes of a token of a SentencePiece vocabulary: a space is written as U+2581, a byte without a token as ``<0xE2>``."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+def _byte_of() -> dict[str, int]:
+    """Printable bytes of Latin-1 stand for themselves, the others for the characters from 256 on, in order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of()

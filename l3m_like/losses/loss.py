@@ -67,6 +67,10 @@ class Loss(ReadWriteBlock):
         """``count`` on the keys of ``data``, a micro-batch from the loader."""
         return self.count(**{port: data[key] for port, key in self.count_reads.items()})
 
+    def shown(self, mean: float) -> float:
+        """What an evaluation shows for the mean over all elements; a metric may be a function of it."""
+        return mean
+
     def over(self, key: str) -> Loss | None:
         """This term where the mask ``key`` is true, as a metric; None for a loss without a (free) port ``only``."""
         if "only" not in self.ports or "only" in self._reads or self.count_late:

@@ -61,7 +61,8 @@ class Evaluations:
 def evaluate(
     parts: Mapping[str, MetaModel], graphs: Mapping[str, Graph], losses: Mapping[str, Loss], batches: Any, mesh: Mesh
 ) -> dict[str, float]:
-    """The mean of each term over all elements of ``batches`` (an EvalLoader), equal on all ranks.
+    """The mean of each term over all elements of ``batches`` (an EvalLoader), equal on all ranks. A metric, a term without a
+    weight, has its own name and shows what it makes of its mean.
 
     Every rank runs the same number of forward passes; a rank that has run out of rows repeats a batch that does not count.
     """
@@ -83,9 +84,11 @@ def evaluate(
         reshard(part)  # no backward follows, which would do it
     totals = mesh.sum(torch.stack(list(sums.values()))).cpu()
     means = {name: (total / max(float(count), 1.0)) for name, (total, count) in zip(sums, totals.tolist(), strict=True)}
-    weighted = [(name, loss.weight) for name, loss in losses.items() if loss.weight is not None]
-    total_loss = {"loss": sum(weight * means[name] for name, weight in weighted)}
-    return total_loss | ({f"loss/{name}": mean for name, mean in means.items()} if len(means) > 1 else {})
+    weights = {name: loss.weight for name, loss in losses.items() if loss.weight is not None}
+    values = {"loss": sum(weight * means[name] for name, weight in weights.items())} if weights else {}
+    if len(weights) > 1:
+        values |= {f"loss/{name}": means[name] for name in weights}
+    return values | {name: loss.shown(means[name]) for name, loss in losses.items() if loss.weight is None}
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
