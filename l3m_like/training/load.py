@@ -68,9 +68,9 @@ class Loaded:
             raise UserError("The config has no `sample` section. Add one: sample: {_target_: l3m_like.generate.FlowODE, ...}.")
         section = targets.check({**self.config.sample, **overrides}, "sample")
         sampler = targets.instantiate(section, "sample")
-        return sampler.run(self.model, process=self._processor(), mesh=self.mesh)
+        return sampler.run(self.model, process=self.processor(), mesh=self.mesh)
 
-    def _processor(self) -> Any:
+    def processor(self) -> Any:
         """The training data's processor (it reads no file until it is used); None where the dataset has no `process`."""
         train = self.config.to_dict()["data"]["train"]
         return self.config.instantiate("data.train.process") if train.get("process") is not None else None

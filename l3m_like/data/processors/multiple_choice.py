@@ -164,9 +164,10 @@ def continuation(tokenizer: TextTokenizer, context: str, text: str) -> tuple[np.
     """Token ids of ``context`` and of ``text`` behind it, int64.
 
     They are encoded together, since a token may begin with the space before a word: what stands behind as many tokens as the
-    context alone has belongs to the text, and so do spaces at the context's end. An empty context is the end-of-document token.
+    context alone has belongs to the text, and so does whitespace at the context's end. An empty context is the end-of-document
+    token. (lm-evaluation-harness does the same.)
     """
-    stripped = context.rstrip(" ")
+    stripped = context.rstrip()
     text = context[len(stripped) :] + text
     if not stripped:
         return np.array([tokenizer.end_id], dtype=np.int64), tokenizer.encode(text)
