@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 2 -- run/sample.py --run runs/llm --parallel tp=2
 
 (The ``--`` keeps torchrun from reading ``--run`` as one of its own options.)
-What follows the options are settings of the run's sampler (the `sample` section), as on the launcher's command line.
+What follows the options are settings of the run's sampler (the `sample` section), as on the launcher's command line;
+docs/generation.md lists them for text.
 """
 
 from __future__ import annotations
