@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -139,24 +140,30 @@ class HFModel(ReadWriteBlock):
             positions = document_ids = None
         if positions is None and document_ids is not None:
             positions = positions_of(document_ids)
-        if "nll" in outputs and targets is None:
-            raise UserError(f"HFModel writes nll, which needs the key '{self.reads['targets']}'.")
         mask = None if document_ids is None else document_mask(self.model, document_ids)
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "use_cache": False}
         out: dict[str, Tensor] = {}
-        if not self.plain_head:
-            logits = self.model(**inputs).logits
+        if self.plain_head:
+            weight = self.model.get_output_embeddings().weight
+            hidden = self.model.base_model(**inputs).last_hidden_state.to(weight.dtype)
+            if "logits" in outputs:
+                out["logits"] = F.linear(hidden, weight)
             if "nll" in outputs:
-                kept = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-                out["nll"] = F.cross_entropy(kept, targets.flatten(), ignore_index=IGNORE, reduction="none").view(ids.shape)
-            return out | ({"logits": logits} if "logits" in outputs else {})
-        weight = self.model.get_output_embeddings().weight
-        hidden = self.model.base_model(**inputs).last_hidden_state.to(weight.dtype)
+                out["nll"] = linear_cross_entropy(hidden, weight, self._needed(targets), backend=self.backend)
+            return out
+        logits = self.model(**inputs).logits
         if "logits" in outputs:
-            out["logits"] = F.linear(hidden, weight)
+            out["logits"] = logits
         if "nll" in outputs:
-            out["nll"] = linear_cross_entropy(hidden, weight, targets, backend=self.backend)
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+            nll = F.cross_entropy(scores, self._needed(targets).flatten(), ignore_index=IGNORE, reduction="none")
+            out["nll"] = nll.view(ids.shape)
         return out
+
+    def _needed(self, targets: Tensor | None) -> Tensor:
+        if targets is None:
+            raise UserError(f"HFModel writes nll, which needs the key '{self.reads['targets']}'.")
+        return targets
 
     def shard_units(self) -> Iterable[nn.Module]:
         return self.units
@@ -190,8 +197,9 @@ class HFModel(ReadWriteBlock):
         if not heads or widths is None or not self.attends:
             return None
         document_ids = document_ids if self.packed else None
+        batch, length = ids.shape
         pairs = {
-            window: attended_pairs(AttentionMask("causal", document_ids, window=window), *ids.shape, ids.shape[1])
+            window: attended_pairs(AttentionMask("causal", document_ids, window=window), batch, length, length)
             for window in set(windows_of(config, len(self.units)))
         }
         attended = sum(pairs[window] for window in windows_of(config, len(self.units)))
@@ -254,20 +262,21 @@ def _vector_init(name: str, values: Tensor) -> Init:
 
 def _computed(model: Any, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What transformers' own initialisation of ``module`` sets ``tensors`` of it to (CPU, NaN where it does not)."""
-    twin = copy.copy(module)
+    twin: Any = copy.copy(module)
     twin._parameters = {
         n: None if p is None else nn.Parameter(p.detach().to("meta"), False) for n, p in module._parameters.items()
     }
     twin._buffers = dict(module._buffers)
-    made = {}
+    made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        held = twin._parameters if name in module._parameters else twin._buffers
-        fill = torch.nan if tensor.is_floating_point() else 0
-        made[name] = torch.full(tensor.shape, fill, dtype=tensor.dtype, device="cpu")
-        held[name] = nn.Parameter(made[name], requires_grad=False) if held is twin._parameters else made[name]
+        empty = torch.full(tensor.shape, torch.nan if tensor.is_floating_point() else 0, dtype=tensor.dtype, device="cpu")
+        if name in module._parameters:
+            made[name] = twin._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        else:
+            made[name] = twin._buffers[name] = empty
     with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
         model._init_weights(twin)
-    return {name: (twin._parameters if name in module._parameters else twin._buffers)[name].detach() for name in tensors}  # type: ignore[union-attr]
+    return {name: tensor.detach() for name, tensor in made.items()}
 
 
 # ---- the model of a config ---------------------------------------------------------------------------------------------
@@ -297,7 +306,7 @@ def read_config(config: Mapping[str, Any] | str) -> Any:
     if kind not in known:
         raise UserError(f"HFModel: config.model_type is {kind!r}, no causal language model. {did_you_mean(str(kind), known)}")
     made = library.AutoConfig.for_model(kind)
-    source = inspect.getsource(inspect.getmodule(library.AutoModelForCausalLM._model_mapping[type(made)]))
+    source = inspect.getsource(importlib.import_module(library.AutoModelForCausalLM._model_mapping[type(made)].__module__))
     for name in fields:
         # some fields of published files are known to the modeling code alone
         if not hasattr(made, name) and name not in type(made).attribute_map and f'"{name}"' not in source:
@@ -386,6 +395,7 @@ def probe(config_json: str, attention: str, layers: int) -> Probed:
         ids[1, _FIRST:] = ids[0, _FIRST:]
         document_ids = torch.tensor([[0] * _FIRST + [1] * _SECOND]).expand(2, -1)
         packed = {"input_ids": ids, "position_ids": positions_of(document_ids), "use_cache": False}
+        mixes: str | None = None
         try:
             hidden = model.base_model(**packed, attention_mask=document_mask(model, document_ids)).last_hidden_state
         except Exception as error:  # whatever a class raises that takes no such masks

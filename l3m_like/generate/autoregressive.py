@@ -6,6 +6,7 @@ import bisect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,9 @@ class Autoregressive:
         with sampling(model, eager=True) as graph:
             self.check(graph)
             for rows, count in deal(len(prompts) * self.num_samples, self.batch, mesh):
-                given = [prompts[row // self.num_samples] for row in rows]
+                own = [prompts[row // self.num_samples] for row in rows]
                 endings = Endings(len(rows) if count else 0, self._end(process), self.stop, process)
-                tokens = self._generate(graph, given, rows, endings, mesh)
+                tokens = self._generate(graph, own, rows, endings, mesh)
                 found |= dict(zip(rows, tokens, strict=True)) if count else {}
         tokens = collect(found, mesh)
         given = [self._text(prompt, process, cut=False) for prompt in prompts for _ in range(self.num_samples)]
@@ -219,8 +220,9 @@ class Autoregressive:
         caches = {block.reads["cache"]: block.make_cache(len(prompts), room, graph.device) for _, block in cached}
         following = torch.tensor([longest], device=graph.device)  # the place of the token that is drawn next
 
-        def draw_from(columns: Callable[[Tensor], Tensor]) -> None:
-            data = graph({self._key(port): columns(value) for port, value in keys.items()} | caches)
+        def draw_from(seen: Callable[[Tensor], Tensor]) -> None:
+            """Draw a token from the logits behind what is ``seen`` of the keys' columns."""
+            data = graph({self._key(port): seen(value) for port, value in keys.items()} | caches)
             token = self._draw(data[self._key("logits")][:, -1], row, positions.index_select(1, following).squeeze(1))
             if mesh is not None and mesh.size("tp") > 1:
                 # their logits may differ in the last bit, and two histories of one row must not part
@@ -239,7 +241,7 @@ class Autoregressive:
         with ExitStack() as stack:
             for new in range(1, self.max_new_tokens + 1):
                 if new == 1 or not self.cache:
-                    draw_from(lambda value, end=longest + new - 1: value[:, :end])
+                    draw_from(itemgetter((slice(None), slice(longest + new - 1))))
                 else:
                     if new == 2:
                         stack.enter_context(forwards(graph.units, self.graphs))

@@ -113,7 +113,7 @@ class MultipleChoice:
             targets[stop - len(new) : stop] = new
             at = stop
         sizes = [len(choice.encode()) for choice in choices]
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "ids": ids,
             "targets": targets,
             "positions": positions,
