@@ -67,6 +67,25 @@ def test_queries_behind_a_cache() -> None:
     assert lower(AttentionMask("causal", query_start=5), "sdpa", 2, 1, 6, CPU) == LoweredMask()
 
 
+@pytest.mark.parametrize("kind", ["full", "causal", "prefix"])
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_place_on_the_device_hides_what_is_not_written(kind: str, window: int | None) -> None:
+    """Two queries behind three keys, in a buffer of six: as if the buffer ended with the last query."""
+    prefix = torch.tensor([2, 6]) if kind == "prefix" else None
+    for ids in (None, IDS):
+        asked = None if ids is None else ids[:, 3:5]
+        written = AttentionMask(kind, asked, None if ids is None else ids[:, :5], prefix, 3, window=window)
+        expected = by_definition(written, 2, 2, 5)
+        place = torch.tensor(3)
+        lowered = lower(AttentionMask(kind, asked, ids, prefix, place, window=window), "sdpa", 2, 2, 6, CPU)
+        seen, live = lowered.allowed[:, 0].expand(2, 2, 6), expected.any(-1)
+        assert torch.equal(seen[..., :5][live], expected[live]) and not seen[..., 5][live].any()
+        blocks = lower(AttentionMask(kind, asked, ids, prefix, place, window=window), "flex", 2, 2, 6, CPU).blocks
+        at = torch.meshgrid(torch.arange(2), torch.arange(2), torch.arange(6), indexing="ij")
+        pairs = blocks.mask_mod(at[0], 0, at[1], at[2]).expand(2, 2, 6)
+        assert torch.equal(pairs[..., :5], expected) and not pairs[..., 5].any()
+
+
 def test_attended_pairs() -> None:
     for kind in ("full", "causal"):
         for window in (None, 1, 2, 3, 6, 9):
