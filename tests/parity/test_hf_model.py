@@ -14,6 +14,7 @@ from l3m_like.blocks.hf_model import positions_of
 from l3m_like.core import MetaModel, UserError
 from l3m_like.distributed.mesh import Mesh, build_mesh
 from l3m_like.distributed.parallelize import parallelize
+from l3m_like.generate import Autoregressive
 from l3m_like.training.init import init_specs, initialize, materialize
 from tests.distributed.pool import run as on_ranks
 from tests.distributed.recorder import whole
@@ -183,6 +184,20 @@ def test_a_recurrent_class_takes_one_document_per_row() -> None:
     with torch.no_grad():
         out = model.compute(data["text_ids"], targets=data["text_targets"], outputs=("nll",))["nll"]
     assert out.shape == (2, 16) and float(out.sum()) > 0
+
+
+def test_generation() -> None:
+    """Prompts of unequal length, padded on the left, say what each says alone, and what the class itself says."""
+    from transformers import AutoModelForCausalLM
+
+    model = built("mistral")
+    theirs = AutoModelForCausalLM.from_config(model.head.hf_config).eval()
+    theirs.load_state_dict({key.removeprefix("head.model."): p.detach() for key, p in model.named_parameters()})
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
+    found = Autoregressive(prompts, 6, greedy=True, cache=False).run(model).tokens
+    for prompt, tokens in zip(prompts, found, strict=True):
+        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert tokens == out[0, len(prompt) :].tolist()
 
 
 def test_a_config_of_a_folder(tmp_path) -> None:
