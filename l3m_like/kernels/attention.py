@@ -72,7 +72,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
         # one query per head: the heads of a group are as good as queries of one head, which every kernel takes
         folded = q.reshape(q.shape[0], k.shape[2], -1, q.shape[3])
         out = F.scaled_dot_product_attention(folded, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask.allowed)
-        return out.reshape(q.shape)
+        return out.reshape(*q.shape[:3], v.shape[3])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, is_causal=mask.causal, enable_gqa=grouped)
     return out.transpose(1, 2)

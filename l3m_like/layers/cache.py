@@ -14,7 +14,7 @@ from l3m_like.core.errors import UserError
 
 
 class LayerCache:
-    """Keys and values of one attention layer: ``k``, ``v`` [B, max_len, Hkv, K], made at the first write (so that they have
+    """Keys and values of one layer: ``k`` [B, max_len, Hkv, K], ``v`` [B, max_len, Hkv, Kv], made at the first write (so that they have
     this rank's heads under tensor parallelism). ``places`` [S] int64: where the next tokens go; None: to the front."""
 
     def __init__(self, max_len: int, dtype: torch.dtype | None) -> None:
@@ -24,20 +24,26 @@ class LayerCache:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
+    @property
+    def first(self) -> bool:
+        """Whether the next tokens are the first, which see themselves alone."""
+        return self.places is None
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``k``, ``v`` [B, S, Hkv, K]; returns what these tokens may look at: the first ones only themselves, later ones
         the whole buffers [B, max_len, Hkv, K] (what is not written yet is for the mask to hide)."""
         if torch.is_grad_enabled() and k.requires_grad:
             raise UserError("a key/value cache holds no gradient: generate under torch.no_grad().")
+        places = self.places
         if self.k is None or self.v is None:
             # zeros: a masked key may hold anything but NaN
             self.k, self.v = (x.new_zeros(x.shape[0], self.max_len, *x.shape[2:], dtype=self.dtype or x.dtype) for x in (k, v))
-        if self.places is None:
+        if places is None:
             self.k[:, : k.shape[1]] = k
             self.v[:, : v.shape[1]] = v
             return k, v
-        self.k.index_copy_(1, self.places, k.to(self.k.dtype))
-        self.v.index_copy_(1, self.places, v.to(self.v.dtype))
+        self.k.index_copy_(1, places, k.to(self.k.dtype))
+        self.v.index_copy_(1, places, v.to(self.v.dtype))
         return self.k.to(k.dtype), self.v.to(v.dtype)
 
 
@@ -96,6 +102,14 @@ class StaticCache:
             self.place = torch.zeros((), dtype=torch.int64, device=tokens.device)
         self.place += tokens.shape[1]
         self.length += tokens.shape[1]
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        if not 0 <= length <= self.length:
+            raise UserError(f"the cache holds {self.length} tokens; it cannot be cut to {length}.")
+        self.length = length
+        if self.place is not None:
+            self.place.fill_(length)
 
     def write_documents(self, document_ids: Tensor | None) -> Tensor | None:
         """Note the documents [B, S] of the next tokens, after ``begin``; returns those of all keys that will be looked at."""

@@ -237,6 +237,21 @@ def test_generation_with_a_cache_equals_one_forward(backend: str) -> None:
 
 
 @torch.no_grad()
+def test_a_cache_forgets() -> None:
+    trunk, x = trunk_of().double(), tokens_of(2, 9).double()
+    ids = torch.zeros(2, 9, dtype=torch.int32)
+    cache = trunk.make_cache(2, 12)
+    for wrong in (False, True, False):  # the tokens behind the first five are taken back twice
+        start = cache.length
+        part = x[:, start:] if not wrong else x[:, start:].flip(1)
+        out = trunk.compute(part, document_ids=ids[:, start:], cache=cache)
+        cache.truncate(5)
+    torch.testing.assert_close(out, trunk.compute(x)[:, 5:])
+    with pytest.raises(UserError, match="holds 5 tokens"):
+        cache.truncate(6)
+
+
+@torch.no_grad()
 def test_rows_of_unequal_length_in_a_cache() -> None:
     """The shorter row is padded on the left; both rows come out as if alone."""
     trunk, x = trunk_of().double(), tokens_of(2, 7).double()
