@@ -14,8 +14,8 @@ from l3m_like.core.errors import UserError
 
 
 class LayerCache:
-    """Keys and values of one layer: ``k`` [B, max_len, Hkv, K], ``v`` [B, max_len, Hkv, Kv], made at the first write (so that they
-    have this rank's heads under tensor parallelism). ``places`` [S] int64: where the next tokens go; None: to the front."""
+    """Keys and values of one layer: ``k`` [B, max_len, Hkv, K], ``v`` [B, max_len, Hkv, Kv], made at the first write (so that
+    they have this rank's heads under tensor parallelism). ``places`` [S] int64: where the next tokens go; None: to the front."""
 
     def __init__(self, max_len: int, dtype: torch.dtype | None) -> None:
         self.max_len = max_len
