@@ -42,7 +42,7 @@ def shard_bounds(tensor: Tensor, coordinate: Sequence[int]) -> list[tuple[int, i
 
 @dataclass(frozen=True)
 class Matrix:
-    """A parameter [rows, cols] on its way to ``owner``."""
+    """A parameter [rows, cols], or a stack [E, rows, cols] of such, on its way to ``owner``."""
 
     name: str
     parameter: nn.Parameter
@@ -52,8 +52,9 @@ class Matrix:
 
     @property
     def kind(self) -> tuple[int, int, int]:
-        """(split, rows, cols): matrices of one kind are computed together."""
-        return (self.split, *self.parameter.shape)  # type: ignore[return-value]
+        """(split, rows, cols), the rows of a stack one below the other: matrices of one kind are computed together."""
+        *rows, cols = self.parameter.shape
+        return self.split, math.prod(rows), cols
 
 
 def share_out(matrices: Sequence[Matrix], ranks: int, cost: Callable[[Matrix], int]) -> list[Matrix]:
@@ -138,7 +139,7 @@ class Bucket:
         stacks = [
             received.new_empty(len(list(some)), *kind[1:]) for kind, some in itertools.groupby(self.owned, lambda m: m.kind)
         ]
-        whole = [matrix for stack in stacks for matrix in stack]
+        whole = self._in_shape(stacks)
         pieces = [piece for some in self._from for piece in some]
         parts = received.split([math.prod(_shape(where)) for _, where in pieces])
         filled = [(whole[k][where], part) for (k, where), part in zip(pieces, parts, strict=True) if part.numel()]
@@ -146,12 +147,17 @@ class Bucket:
             torch._foreach_copy_([to for to, _ in filled], [part.view(to.shape) for to, part in filled])
         return stacks
 
+    def _in_shape(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """The owned matrices, one by one, in the shapes of their parameters; views."""
+        matrices = [matrix for stack in stacks for matrix in stack]
+        return [matrix.view(owned.parameter.shape) for matrix, owned in zip(matrices, self.owned, strict=True)]
+
     def scatter(self, stacks: Sequence[Tensor], like: Tensor) -> Pending:
         """Send the owned matrices (as ``assemble`` returns them) to all ranks that hold a shard; a flat tensor arrives.
 
         ``like``: of their dtype and device, for a rank that owns none.
         """
-        whole = [matrix for stack in stacks for matrix in stack]
+        whole = self._in_shape(stacks)
         parts = [whole[k][where].reshape(-1) for some in self._to for k, where in some]
         return Pending(torch.cat(parts) if parts else like.new_empty(0), self._returned_from, self._sent_back_to)
 

@@ -19,6 +19,7 @@ from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.meta_model import Frozen, MetaModel, Tower
 from l3m_like.distributed.activations import apply_checkpointing, apply_offload, refuse_hidden
 from l3m_like.distributed.compiled import Graphs
+from l3m_like.distributed.expert_parallel import CutExperts
 from l3m_like.distributed.low_precision import LowPrecision
 from l3m_like.distributed.mesh import Mesh
 
@@ -26,7 +27,14 @@ from l3m_like.distributed.mesh import Mesh
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 #: how a layer's plan is written -> what torch is told; None: the parameter is whole on every tp rank
-TP_STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel, "replicated": None, "summed": None, "vocab": None}
+TP_STYLES: dict[str, Any] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "experts": CutExperts,
+    "replicated": None,
+    "summed": None,
+    "vocab": None,
+}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -124,6 +132,11 @@ def _resolve(module: nn.Module, name: str, path: str) -> nn.Module | nn.Paramete
 
 
 def _check_divides(target: Any, style: str, where: str, tp: int) -> None:
+    if style == "experts":
+        for name, dim in target.tp_cuts.items():
+            if (size := getattr(target, name).shape[dim]) % tp:
+                raise UserError(f"tensor parallel: the experts of {where} are {size} wide, not a multiple of parallel.tp {tp}.")
+        return
     size = target.weight.shape[0 if style == "colwise" else 1]
     if size % tp:
         what = "outputs" if style == "colwise" else "inputs"

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy(
         "masks": ["AttentionMask", "LayerMasks", "choose_backend", "lower", "attended_pairs"],
         "mlp": ["MLP", "SwiGLU"],
         "modulation": ["Modulation"],
+        "moe": ["MoE", "Router", "Routing"],
         "norm": ["RMSNorm", "LayerNorm"],
         "patch_embed": ["PatchProjection", "patchify", "unpatchify", "sincos_positions"],
         "rope": ["Rope"],

@@ -12,6 +12,7 @@ from l3m_like.kernels.attention import LoweredMask
 from l3m_like.kernels.modulated_norm import gated_residual
 from l3m_like.layers.cache import LayerCache
 from l3m_like.layers.modulation import Modulation
+from l3m_like.layers.moe import MoE, Routing
 from l3m_like.layers.norm import LayerNorm, RMSNorm
 
 
@@ -21,7 +22,8 @@ class TransformerLayer(nn.Module):
     Args:
         dim: D.
         mixer: ``mixer(dim)`` mixes along the sequence: called with (x, rope, mask, cache), has ``flops(tokens, pairs)``.
-        mlp: ``mlp(dim)``, called with x, has ``flops(tokens)``.
+        mlp: ``mlp(dim)``, called with x, has ``flops(tokens)``. A mixture of experts (``MoE``) is called with ``valid`` as well;
+            the layer then returns (x, ``Routing``).
         norm_eps: of both RMSNorms.
     """
 
@@ -36,6 +38,8 @@ class TransformerLayer(nn.Module):
         self.mixer = mixer(dim)
         self.norm_2 = RMSNorm(dim, eps=norm_eps)
         self.mlp = mlp(dim)
+        #: it takes ``valid``, and returns what its router did
+        self.routes = isinstance(self.mlp, MoE)
 
     def forward(
         self,
@@ -43,9 +47,13 @@ class TransformerLayer(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
         mask: LoweredMask | None = None,
         cache: LayerCache | None = None,
-    ) -> Tensor:
+        valid: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Routing]:
         normed, x = self.norm_2(self.mixer(self.norm_1(x), rope, mask, cache), residual=x)
-        return x + self.mlp(normed)
+        if not self.routes:
+            return x + self.mlp(normed)
+        out, routing = self.mlp(normed, valid)
+        return x + out, routing
 
     def flops(self, tokens: int, pairs: int) -> int:
         return self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)

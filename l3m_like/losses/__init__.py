@@ -2,4 +2,12 @@
 
 from l3m_like.core.lazy import lazy
 
-__getattr__, __dir__, __all__ = lazy(__name__, {"loss": ["Loss"], "token": ["TokenNLL"], "flow": ["FlowMatching"]})
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "loss": ["Loss"],
+        "token": ["TokenNLL"],
+        "flow": ["FlowMatching"],
+        "router": ["LoadBalance", "RowLoadBalance", "RouterZ", "LoadViolation"],
+    },
+)

@@ -88,11 +88,13 @@ def materialize(part: MetaModel, device: torch.device) -> None:
             local(parameter).fill_(math.nan)
     for module in part.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            fill = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}.get(name)
+            statistics = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+            fill = (statistics | getattr(module, "buffer_values", {})).get(name)
             if fill is None:
                 raise UserError(
                     f"{type(module).__name__} has a buffer '{name}', which meta initialisation would leave undefined. "
-                    "Compute constants in forward, or hold them as parameters without gradient."
+                    "Compute constants in forward, hold them as parameters without gradient, or say where it starts: a class "
+                    f"attribute buffer_values = {{'{name}': 0.0}}."
                 )
             buffer.fill_(fill)
 

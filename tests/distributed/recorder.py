@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 Fault = Callable[[], AbstractContextManager[Any]]
 
 _SIZE = ["dim=16", "layers=2", "heads=4", "batch={global: 8, micro: null}"]
-#: both experiments, two layers: QK-norm, biases, grouped heads and (llm) tied embeddings are on
+_MOE = ["kv_heads=2", "head_dim=8", "mlp_dim=12", "sequence=32", "experts=4", "loss.balance.weight=1.0"]
+#: the experiments, two layers: QK-norm, biases, grouped heads and (llm) tied embeddings are on
 TINY = {
     "llm": [
         *(*_SIZE, "kv_heads=2", "head_dim=8", "mlp_dim=24", "sequence=32"),
@@ -36,6 +37,13 @@ TINY = {
         *(*_SIZE, "patch=7", "image_size=14"),
         *("model.trunk.layer.mixer.qk_norm=true", "model.trunk.layer.mixer.num_kv_heads=2"),
     ],
+    # experts as in Qwen3-MoE, and as in DeepSeek-V3, whose bias moves far enough to change what is chosen
+    "moe": [*_SIZE, *_MOE, "loss.balance._target_=l3m_like.losses.LoadBalance"],
+    "moe_deepseek": [
+        *(*_SIZE, *_MOE, "model.trunk.layer.mlp.shared_hidden_dim=8", "loss.router_z.weight=0.1"),
+        "+model.trunk.layer.mlp.router={_target_: l3m_like.layers.Router, _partial_: true, score: sigmoid, groups: 2, "
+        "kept_groups: 1, scale: 2.5, bias_rate: 0.2}",
+    ],
     # as it is shipped: without QK-norm
     "sit_shipped": [*_SIZE, "patch=7", "image_size=14"],
 }
@@ -43,8 +51,11 @@ _PICTURES = {
     "data.sets.train.source": {"_target_": "tests.distributed.toys.Pictures"},
     "data.sets.train.process": {"_target_": "tests.distributed.toys.AsPicture"},
 }
+_TEXTS = {"data.sets.train.source": {"_target_": "tests.distributed.toys.Texts"}}
 DATA = {
-    "llm": {"data.sets.train.source": {"_target_": "tests.distributed.toys.Texts"}},
+    "llm": _TEXTS,
+    "moe": _TEXTS,
+    "moe_deepseek": _TEXTS,
     "sit": _PICTURES,
     "sit_shipped": _PICTURES,
 }

@@ -12,9 +12,13 @@ from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.layers.cache import StaticCache
 from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind
+from l3m_like.layers.moe import RouterLoads
 from l3m_like.layers.rope import Rope
 
 Layer = Callable[[int], nn.Module]
+
+#: of the routers of layers with experts; in the order of ``Routing``
+ROUTING = ("router_load", "router_probability", "router_z")
 
 
 class Transformer(ReadWriteBlock):
@@ -23,7 +27,8 @@ class Transformer(ReadWriteBlock):
     Reads   tokens [B, S, D]; positions [B, S] int64 (without: 0, 1, 2, ...); document_ids [B, S] int (-1 = padding; without:
             one document per row); cu_seqlens [N + 1] int32, the borders of the documents (without: attention over documents
             takes a slower way); prefix_lengths [B] int64 (mask "prefix"); cache (generation only)
-    Writes  hidden [B, S, D]
+    Writes  hidden [B, S, D]; if `writes` names them, what the routers of the L layers with experts did with every row, without
+            padding: router_load [L, B, E], tokens per expert; router_probability [L, B, E], their summed scores; router_z [L, B]
 
     Args:
         dim: D.
@@ -35,7 +40,9 @@ class Transformer(ReadWriteBlock):
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
-    outputs = ("hidden",)
+    outputs = ("hidden", *ROUTING)
+    optional_outputs = ROUTING
+    inference_outputs = ("hidden",)
 
     def __init__(
         self,
@@ -58,6 +65,9 @@ class Transformer(ReadWriteBlock):
         self.attention_used: dict[str, str] = {}
         self.layers = nn.ModuleList(make(dim) for make in _layer_makers(layer, num_layers, pattern))
         units: list[Any] = list(self.layers)
+        self.router_loads = RouterLoads(units)
+        if not self.router_loads.routers and any(port in self.writes for port in ROUTING):
+            raise UserError("Transformer: `writes` names what routers did, but no layer has experts (mlp: l3m_like.layers.MoE).")
         mixers = [unit.mixer for unit in units]
         for mixer in mixers:
             width = getattr(mixer, "head_dim", None)
@@ -74,7 +84,10 @@ class Transformer(ReadWriteBlock):
         cu_seqlens: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
-    ) -> Tensor:
+        *,
+        outputs: Sequence[str] = (),
+    ) -> Tensor | dict[str, Tensor]:
+        """hidden; called with ``outputs``, a dict of them."""
         batch, length = tokens.shape[:2]
         start, kv_ids = 0, None
         if cache is not None:
@@ -85,12 +98,27 @@ class Transformer(ReadWriteBlock):
         rope = self.rope(positions, tokens.dtype) if self.rope is not None else None
         mask = AttentionMask(self.mask, document_ids, kv_ids, prefix_lengths, start, cu_seqlens)
         masks = LayerMasks(mask, length, start + length, tokens, self.attention_used if cache is None else None)
+        valid = None if document_ids is None else document_ids >= 0
+        routings = []
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
-            tokens = layer(tokens, rope, masks.of(layer), layer_cache)
+            arguments = tokens, rope, masks.of(layer), layer_cache
+            if getattr(layer, "routes", False):
+                tokens, routing = layer(*arguments, valid)
+                routings.append(routing)
+            else:
+                tokens = layer(*arguments)
         if cache is not None:
             cache.length += length
-        return tokens
+        out = {"hidden": tokens}
+        if routings:
+            out |= zip(ROUTING, (torch.stack(values) for values in zip(*routings, strict=True)), strict=True)
+            if self.training and torch.is_grad_enabled():
+                self.router_loads.add(out["router_load"])
+        return {port: out[port] for port in outputs} if outputs else tokens
+
+    def after_step(self, mesh: Any) -> None:
+        self.router_loads.step(mesh.sum)
 
     def make_cache(
         self, batch: int, max_len: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

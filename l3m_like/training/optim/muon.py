@@ -41,7 +41,7 @@ class Muon:
     least float32. A matrix without a gradient counts as one whose gradient is zero.
 
     Args:
-        groups: as ``parameter_groups`` makes them; of two-dimensional parameters.
+        groups: as ``parameter_groups`` makes them; of matrices, and stacks of matrices.
         splits: ``{parameter name: parts}`` that are orthogonalised apart.
         settings: the section `optim.muon`.
         dtype: in which updates travel and are orthogonalised.
@@ -109,7 +109,7 @@ class Muon:
         split, rows, cols = bucket.matrices[0].kind
         parameters = [matrix.parameter for matrix in bucket.matrices]
         update, norm = (momentum_pass if fused else momentum_pass_reference)(
-            [None if p.grad is None else local(p.grad) for p in parameters],
+            [None if p.grad is None else local(p.grad).flatten(0, -2) for p in parameters],
             momentum.view(-1, rows, cols),
             mu=self.settings.momentum,
             nesterov=self.settings.nesterov,
@@ -120,12 +120,12 @@ class Muon:
         )
         made, size = newton_schulz_scaled(update, steps=self.settings.steps, norm=norm)
         (apply_pass if fused else apply_pass_reference)(
-            [local(p) for p in parameters],
+            [local(p).flatten(0, -2) for p in parameters],
             made.contiguous().view(-1, rows, cols),
             rate=group["lr"] * factor / size,
             decay=group["lr"] * group["weight_decay"],
             found_inf=found_inf,
-            copies=[copy_of(p) for p in parameters],
+            copies=[None if copy is None else copy.flatten(0, -2) for copy in map(copy_of, parameters)],
         )
 
     def _step_together(self, found_inf: Tensor, grad_scale: Tensor | None) -> None:

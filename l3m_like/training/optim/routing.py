@@ -1,7 +1,8 @@
 """Which optimizer a parameter belongs to: hidden matrices to Muon, everything else to AdamW.
 
 A layer says what is not a hidden matrix although it is a matrix, and what consists of heads, by ``optim_spec()``: a dict from a
-parameter's name to ``"adamw"``, or to a number of equal parts, one below the other.
+parameter's name to ``"adamw"``, or to a number of equal parts, one below the other. Of three dimensions only a stack of as many
+matrices (experts) goes to Muon, which orthogonalises each.
 """
 
 from __future__ import annotations
@@ -76,17 +77,19 @@ def routes(parameters: Mapping[str, nn.Parameter], parts: Mapping[str, MetaModel
     for name, parameter in parameters.items():
         said, kind = specs.get(name, (1, ""))
         shape = tuple(parameter.shape)
-        if name in included and len(shape) != 2:
+        stack = len(shape) == 3 and said == shape[0]
+        if name in included and len(shape) != 2 and not stack:
             raise UserError(f"optim.muon.include: '{name}' has shape {shape}; Muon orthogonalises matrices (two dimensions).")
-        if len(shape) != 2:
+        if len(shape) != 2 and not stack:
             made.append(Route(name, shape, "adamw", "no matrix"))
         elif name in excluded:
             made.append(Route(name, shape, "adamw", "optim.muon.exclude"))
         elif said == "adamw" and name not in included:
             made.append(Route(name, shape, "adamw", f"says {kind}"))
         else:
-            split = said if isinstance(said, int) and settings.per_head else 1
-            made.append(Route(name, shape, "muon", "optim.muon.include" if name in included else "hidden matrix", split))
+            split = said if isinstance(said, int) and (settings.per_head or stack) else 1
+            why = "optim.muon.include" if name in included else "hidden matrices" if stack else "hidden matrix"
+            made.append(Route(name, shape, "muon", why, split))
     if not any(route.to == "muon" for route in made):
         raise UserError("optim.name: muon, but none of these parameters is a hidden matrix. Write adamw.")
     return made
