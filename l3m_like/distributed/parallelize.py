@@ -19,9 +19,9 @@ from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.meta_model import Frozen, MetaModel, Tower
 from l3m_like.distributed.activations import apply_checkpointing, apply_offload, refuse_hidden
 from l3m_like.distributed.compiled import Graphs
-from l3m_like.distributed.expert_parallel import CutExperts
 from l3m_like.distributed.low_precision import LowPrecision
 from l3m_like.distributed.mesh import Mesh
+from l3m_like.distributed.tensor_parallel import CutExperts, SumGradients
 
 # blocks return new tensors and never write into one in place, so a root that returns views is safe
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -31,6 +31,7 @@ TP_STYLES: dict[str, Any] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
     "experts": CutExperts,
+    "divided": SumGradients,
     "replicated": None,
     "summed": None,
     "vocab": None,
@@ -132,6 +133,8 @@ def _resolve(module: nn.Module, name: str, path: str) -> nn.Module | nn.Paramete
 
 
 def _check_divides(target: Any, style: str, where: str, tp: int) -> None:
+    if style == "divided":
+        return
     if style == "experts":
         for name, dim in target.tp_cuts.items():
             if (size := getattr(target, name).shape[dim]) % tp:

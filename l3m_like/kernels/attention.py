@@ -1,8 +1,8 @@
 """Scaled dot-product attention with grouped key/value heads, by one of several backends.
 
-Shapes: q [B, Sq, H, K]; k, v [B, Skv, Hkv, K], H a multiple of Hkv (key head j serves the query heads j*g .. j*g+g-1; keys
-are never repeated). What may attend to what arrives as a ``LoweredMask``: the form that its backend wants, made once per
-forward by ``layers/masks.py``.
+Shapes: q [B, Sq, H, K]; k [B, Skv, Hkv, K]; v [B, Skv, Hkv, Kv], Kv at most K; H a multiple of Hkv (key head j serves the query
+heads j*g .. j*g+g-1; keys are never repeated). What may attend to what arrives as a ``LoweredMask``: the form that its backend
+wants, made once per forward by ``layers/masks.py``.
 
 | backend | what it is | masks |
 |---|---|---|
@@ -49,9 +49,13 @@ class LoweredMask(NamedTuple):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask | None = None) -> Tensor:
-    """Attention output [B, Sq, H, K]; without a mask every query sees every key (shapes: see the module's docstring)."""
+    """Attention output [B, Sq, H, Kv]; without a mask every query sees every key (shapes: see the module's docstring)."""
     mask = LoweredMask() if mask is None else mask
-    out = BACKENDS[mask.backend](q, k, v, mask)
+    narrower = q.shape[-1] - v.shape[-1]
+    if narrower and mask.backend in FUSED:  # they take one width for keys and values
+        out = BACKENDS[mask.backend](q, k, F.pad(v, (0, narrower)), mask)[..., :-narrower]
+    else:
+        out = BACKENDS[mask.backend](q, k, v, mask)
     return out if mask.live is None else torch.where(mask.live, out, 0)
 
 

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy(
         "attention": ["Attention"],
         "cache": ["StaticCache", "LayerCache"],
         "embedding": ["TimeEmbed"],
+        "latent_attention": ["LatentAttention"],
         "linear": ["joint_linear"],
         "masks": ["AttentionMask", "LayerMasks", "choose_backend", "lower", "attended_pairs"],
         "mlp": ["MLP", "SwiGLU"],

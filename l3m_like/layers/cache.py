@@ -25,9 +25,9 @@ class LayerCache:
             raise UserError("a key/value cache holds no gradient: generate under torch.no_grad().")
         start, end = self.length, self.length + k.shape[1]
         if self.k is None or self.v is None:
-            shape = (k.shape[0], self.max_len, *k.shape[2:])
-            self.k = torch.zeros(shape, dtype=self.dtype or k.dtype, device=k.device)
-            self.v = torch.zeros_like(self.k)
+            rows, dtype = (k.shape[0], self.max_len), self.dtype or k.dtype
+            self.k = torch.zeros(*rows, *k.shape[2:], dtype=dtype, device=k.device)
+            self.v = torch.zeros(*rows, *v.shape[2:], dtype=dtype, device=v.device)
         with torch.no_grad():
             self.k[:, start:end] = k
             self.v[:, start:end] = v

@@ -11,6 +11,18 @@ from torch import Tensor
 from l3m_like.core.errors import UserError, did_you_mean
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+#: ``{type: {setting: its default, or None where it must be given}}``
+_SCALINGS: dict[str, dict[str, float | None]] = {
+    "llama3": dict.fromkeys(_LLAMA3),
+    "yarn": {
+        "factor": None,
+        "original_max_position_embeddings": None,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.0,
+        "mscale_all_dim": 0.0,
+    },
+}
 
 
 class Rope:
@@ -22,7 +34,11 @@ class Rope:
         theta: base of the frequencies ``theta^(-2i/K)``.
         scaling: None, or Llama 3.1's ``{type: llama3, factor, low_freq_factor, high_freq_factor,
             original_max_position_embeddings}``: wavelengths above original/low are stretched by ``factor``, those below
-            original/high are kept, those between are interpolated.
+            original/high are kept, those between are interpolated. Or YaRN's (arXiv:2309.00071) ``{type: yarn, factor,
+            original_max_position_embeddings, beta_fast: 32, beta_slow: 1, mscale: 0, mscale_all_dim: 0}``: frequencies that
+            turn less than ``beta_slow`` times in the original length are divided by ``factor``, those that turn more than
+            ``beta_fast`` times are kept; cosines and sines are multiplied by ``0.1 ln(factor) + 1``, or, where the two
+            ``mscale`` are given (DeepSeek), by the quotient of ``0.1 m ln(factor) + 1`` of both.
     """
 
     def __init__(self, head_dim: int, theta: float, scaling: Mapping[str, float | str] | None = None) -> None:
@@ -33,6 +49,15 @@ class Rope:
         self.head_dim = head_dim
         self.theta = float(theta)
         self.scaling = _check_scaling(scaling)
+        #: "llama3", "yarn" or None
+        self.scaling_type = None if scaling is None else str(scaling["type"])
+        #: of cosines and sines
+        self.magnitude = 1.0
+        if self.scaling is not None and self.scaling_type == "yarn":
+            if self.scaling["mscale"] and self.scaling["mscale_all_dim"]:
+                self.magnitude = yarn_magnitude(self.scaling, "mscale") / yarn_magnitude(self.scaling, "mscale_all_dim")
+            else:
+                self.magnitude = yarn_magnitude(self.scaling | {"mscale": 1.0}, "mscale")
 
     def frequencies(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Angular frequencies [K/2] (radians per position)."""
@@ -40,10 +65,27 @@ class Rope:
         frequency = 1.0 / self.theta ** (even / self.head_dim)
         if self.scaling is None:
             return frequency
+        if self.scaling_type == "yarn":
+            kept = self._kept_by_yarn(frequency)
+            return kept * frequency + (1 - kept) * frequency / self.scaling["factor"]
         factor, low, high, original = (self.scaling[name] for name in _LLAMA3)
         wavelength = 2 * math.pi / frequency
         smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: kept
         return (1 - smooth) * frequency / factor + smooth * frequency
+
+    def _kept_by_yarn(self, frequency: Tensor) -> Tensor:
+        """[K/2]: 1 where a frequency is kept, 0 where it is divided."""
+        assert self.scaling is not None
+        original = self.scaling["original_max_position_embeddings"]
+
+        def turning(times: float) -> float:
+            """The (fractional) index of the frequency that turns so many times in the original length."""
+            return self.head_dim * math.log(original / (2 * math.pi * times)) / (2 * math.log(self.theta))
+
+        low = max(math.floor(turning(self.scaling["beta_fast"])), 0)
+        high = min(math.ceil(turning(self.scaling["beta_slow"])), self.head_dim - 1)
+        index = torch.arange(len(frequency), device=frequency.device).to(frequency.dtype)
+        return 1 - ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
 
     def __call__(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """``(cos, sin)``, each [B, S, K] (or [1, S, K]) in at least float32, for integer positions [B, S] or [S]."""
@@ -52,19 +94,26 @@ class Rope:
             positions = positions.unsqueeze(0)
         angles = positions.to(dtype).unsqueeze(-1) * self.frequencies(dtype, positions.device)
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.magnitude == 1.0 else (cos * self.magnitude, sin * self.magnitude)
+
+
+def yarn_magnitude(scaling: Mapping[str, float | str], name: str = "mscale_all_dim") -> float:
+    """``0.1 m ln(factor) + 1`` for the ``mscale`` or ``mscale_all_dim`` m of a YaRN ``scaling`` (0 where it is absent)."""
+    return 0.1 * float(scaling.get(name, 0.0)) * math.log(max(float(scaling["factor"]), 1.0)) + 1.0
 
 
 def _check_scaling(scaling: Mapping[str, float | str] | None) -> dict[str, float] | None:
     if scaling is None:
         return None
     kind = scaling.get("type")
-    if kind != "llama3":
-        raise UserError(f"Rope: scaling.type is {kind!r}; the one that exists is 'llama3'.")
+    if kind not in _SCALINGS:
+        raise UserError(f"Rope: scaling.type is {kind!r}. {did_you_mean(str(kind), _SCALINGS)}")
+    known = _SCALINGS[str(kind)]
     for name in scaling:
-        if name != "type" and name not in _LLAMA3:
-            raise UserError(f"Rope: scaling has no '{name}'. {did_you_mean(name, _LLAMA3)}")
-    missing = [name for name in _LLAMA3 if name not in scaling]
+        if name != "type" and name not in known:
+            raise UserError(f"Rope: scaling has no '{name}'. {did_you_mean(name, known)}")
+    missing = [name for name, default in known.items() if default is None and name not in scaling]
     if missing:
-        raise UserError(f"Rope: scaling llama3 needs {', '.join(missing)} as well.")
-    return {name: float(scaling[name]) for name in _LLAMA3}
+        raise UserError(f"Rope: scaling {kind} needs {', '.join(missing)} as well.")
+    return {name: float(scaling.get(name, default)) for name, default in known.items()}  # type: ignore[arg-type]

@@ -76,9 +76,9 @@ def load_of_own_rows() -> Iterator[None]:
 @contextmanager
 def weights_not_summed() -> Iterator[None]:
     """Under tensor parallelism a router gets the gradient of each rank's slice of the experts."""
-    from l3m_like.distributed import expert_parallel
+    from l3m_like.distributed import tensor_parallel
 
-    with mock.patch.object(expert_parallel, "_whole", lambda x, mesh: x):
+    with mock.patch.object(tensor_parallel, "_whole", lambda x, mesh: x):
         yield
 
 

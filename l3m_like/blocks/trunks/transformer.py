@@ -70,10 +70,11 @@ class Transformer(ReadWriteBlock):
             raise UserError("Transformer: `writes` names what routers did, but no layer has experts (mlp: l3m_like.layers.MoE).")
         mixers = [unit.mixer for unit in units]
         for mixer in mixers:
-            width = getattr(mixer, "head_dim", None)
+            name = "rope_dim" if hasattr(mixer, "rope_dim") else "head_dim"  # of those that rotate a part of a head
+            width = getattr(mixer, name, None)
             if rope is not None and width is not None and width != rope.head_dim:
                 raise UserError(
-                    f"Transformer: rope.head_dim is {rope.head_dim} but the attention's head_dim is {width}; make them equal."
+                    f"Transformer: rope.head_dim is {rope.head_dim} but the attention's {name} is {width}; make them equal."
                 )
 
     def compute(

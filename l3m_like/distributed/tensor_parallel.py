@@ -1,4 +1,4 @@
-"""Tensor parallelism of stacked experts: every rank holds a slice of the hidden width of all of them."""
+"""Styles of tensor parallelism that torch does not have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 
 class CutExperts(ParallelStyle):
-    """For a module that says by ``tp_cuts`` along which dimension each of its parameters is cut.
+    """For stacked experts: every rank holds a slice of the hidden width of all of them. The module says by ``tp_cuts`` along
+    which dimension each of its parameters is cut.
 
     Its inputs are whole on every rank, and their gradients, each rank's part, are summed; its output, each rank's part of a sum,
     is summed.
@@ -20,6 +21,14 @@ class CutExperts(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(module, device_mesh, _cut, _enter, _leave)  # type: ignore[arg-type]
+
+
+class SumGradients(ParallelStyle):
+    """For a module whose inputs are whole on every rank, and of whose outputs each rank uses a part (its own heads): the
+    gradients of its inputs are summed."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, None, _enter)  # type: ignore[arg-type]
 
 
 def _cut(name: str, module: Any, mesh: DeviceMesh) -> None:
