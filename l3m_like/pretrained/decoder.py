@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -85,18 +85,13 @@ def describe(model: nn.Module, *, qk_norm: bool, qkv_bias: bool, windows: bool =
             raise UserError(f"its attention has {'no' if wanted else 'a'} {knob}; set {knob}: {str(wanted).lower()}.")
     if mixer.window is not None and not windows:
         raise UserError(f"its attention has a window of {mixer.window}; set window: null.")
-    fields = [layer_fields(layer) for layer in layers]
-    for at, other in enumerate(fields):
-        for name, value in other.items():
-            if value != fields[0][name]:
-                raise UserError(f"its layers differ: {name} is {fields[0][name]} in layer 0 and {value} in layer {at}.")
     return {
         "vocab_size": embed.embed.num_embeddings,
         "hidden_size": trunk.dim,
         "num_hidden_layers": len(layers),
-        **fields[0],
+        **common([layer_fields(layer) for layer in layers], "layer"),
         "hidden_act": "silu",
-        "rms_norm_eps": the_eps(head.norm.eps, *(layer.norm_1.eps for layer in layers), *(layer.norm_2.eps for layer in layers)),
+        "rms_norm_eps": eps_of(trunk, head),
         "tie_word_embeddings": head.proj.weight is embed.embed.weight,
         "rope_parameters": rope_parameters(trunk.rope),
     }
@@ -113,6 +108,21 @@ def layer_fields(layer: Any) -> dict[str, Any]:
     }
 
 
+def common(fields: Sequence[Mapping[str, Any]], what: str) -> dict[str, Any]:
+    """The fields that are the same in all of a model's ``what`` (layers ...), for which ``config.json`` has one number.
+
+    Raises:
+        UserError: they differ, or there is none.
+    """
+    if not fields:
+        raise UserError(f"it has no {what}.")
+    for at, other in enumerate(fields):
+        for name, value in other.items():
+            if value != fields[0][name]:
+                raise UserError(f"its {what}s differ: {name} is {fields[0][name]} in number 0 and {value} in number {at}.")
+    return dict(fields[0])
+
+
 def the_block(model: nn.Module, kind: type[Block]) -> Block:
     """The one block of ``model`` that is a ``kind`` (frozen parts and towers are not looked into).
 
@@ -123,6 +133,16 @@ def the_block(model: nn.Module, kind: type[Block]) -> Block:
     if len(found) != 1:
         raise UserError(f"it has {len(found) or 'no'} {kind.__name__}{'s' if len(found) > 1 else ''}, where one is needed.")
     return found[0]
+
+
+def eps_of(trunk: Transformer, head: LanguageModelHead) -> float:
+    """Of all norms between layers; ``config.json`` has one.
+
+    Raises:
+        UserError: they differ.
+    """
+    layers: list[Any] = list(trunk.layers)
+    return the_eps(head.norm.eps, *(layer.norm_1.eps for layer in layers), *(layer.norm_2.eps for layer in layers))
 
 
 def the_eps(*all_of_them: float) -> float:
@@ -147,8 +167,9 @@ def rope_parameters(rope: Rope | None) -> dict[str, Any]:
     if rope.scaling is None:
         return {"rope_type": "default", "rope_theta": rope.theta}
     original = "original_max_position_embeddings"
-    scaling = {**rope.scaling, original: int(rope.scaling[original])}
-    return {"rope_type": "llama3", "rope_theta": rope.theta, **scaling}
+    given = {name: value for name, value in rope.scaling.items() if value or not name.startswith("mscale")}
+    scaling = {**given, original: int(rope.scaling[original])}
+    return {"rope_type": rope.scaling_type, "rope_theta": rope.theta, **scaling}
 
 
 def normal(config: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
