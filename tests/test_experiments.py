@@ -19,6 +19,7 @@ EXPERIMENTS = sorted(path for path in CONFIGS.rglob("*.yaml") if "preset" not in
 TINY = [path for path in EXPERIMENTS if "shipped:" in path.read_text(encoding="utf-8")]
 #: published, or (tiny ones) counted by hand in `test_tiny_sizes`
 PARAMETERS = {
+    "deepseek_v3": 671_026_404_352,  # published: 671 B
     "llama3.2_1b": 1_235_814_400,
     "llama3_8b": 8_030_261_248,
     "llama3_70b": 70_553_706_496,
@@ -28,9 +29,10 @@ PARAMETERS = {
     "qwen3_0.6b": 596_049_920,
     "qwen3_1.7b": 1_720_574_976,
     "qwen3_8b": 8_190_735_360,
+    "qwen3_30b_a3b": 30_532_122_624,
     "sit_xl2": 674_834_720,
 }
-MOST_LINES = {"llm": 70, "sit": 90}
+MOST_LINES = {"llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25}
 
 
 def name_of(path: Path) -> str:

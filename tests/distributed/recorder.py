@@ -39,10 +39,10 @@ TINY = {
     ],
     # experts as in Qwen3-MoE, and as in DeepSeek-V3, whose bias moves far enough to change what is chosen
     "moe": [*_SIZE, *_MOE, "loss.balance._target_=l3m_like.losses.LoadBalance"],
-    "moe_deepseek": [
-        *(*_SIZE, *_MOE, "model.trunk.layer.mlp.shared_hidden_dim=8", "loss.router_z.weight=0.1"),
-        "+model.trunk.layer.mlp.router={_target_: l3m_like.layers.Router, _partial_: true, score: sigmoid, groups: 2, "
-        "kept_groups: 1, scale: 2.5, bias_rate: 0.2}",
+    "deepseek": [
+        *(*_SIZE, "sequence=32", "experts=4", "mlp_dim=12", "dense_mlp_dim=24", "shared_mlp_dim=8", "groups=2", "kept_groups=1"),
+        *("kv_rank=8", "q_rank=12", "nope_dim=4", "rope_dim=4", "v_dim=6", "bias_rate=0.2"),
+        *("loss.balance.weight=1.0", "loss.router_z.weight=0.1"),
     ],
     # as it is shipped: without QK-norm
     "sit_shipped": [*_SIZE, "patch=7", "image_size=14"],
@@ -55,7 +55,7 @@ _TEXTS = {"data.sets.train.source": {"_target_": "tests.distributed.toys.Texts"}
 DATA = {
     "llm": _TEXTS,
     "moe": _TEXTS,
-    "moe_deepseek": _TEXTS,
+    "deepseek": _TEXTS,
     "sit": _PICTURES,
     "sit_shipped": _PICTURES,
 }

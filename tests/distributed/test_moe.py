@@ -1,4 +1,4 @@
-"""Mixtures of experts: one process = every mesh = accumulation = checkpointing, balance losses and moving biases included."""
+"""Mixtures of experts and latent attention: one process = every mesh = accumulation = checkpointing, balance losses and moving biases included."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ MUON = {"optim.name": "muon", "optim.muon": MuonConfig(), "optim.lr": 0.02}
     [
         ("moe", "dp_shard 2", ""),
         ("moe", "dp_shard 2 x tp 2", ""),
-        ("moe_deepseek", "tp 2", ""),
-        ("moe_deepseek", "dp_shard 2", "accumulation 4"),
-        ("moe_deepseek", "", "full checkpointing"),
+        ("deepseek", "tp 2", ""),
+        ("deepseek", "dp_shard 2 x tp 2", ""),
+        ("deepseek", "dp_shard 2", "accumulation 4"),
+        ("deepseek", "", "full checkpointing"),
     ],
 )
 def test_equals_one_process(name: str, mesh: str, split: str) -> None:
@@ -39,7 +40,7 @@ def test_equals_one_process(name: str, mesh: str, split: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["moe", "moe_deepseek"])
+@pytest.mark.parametrize("name", ["moe", "deepseek"])
 def test_compiled(name: str) -> None:
     compare(recorded(experiment(name, compile=True), 1, timeout=250), trained(name)[0])
 
@@ -82,10 +83,20 @@ def weights_not_summed() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def rotated_key_not_summed() -> Iterator[None]:
+    """Under tensor parallelism the one rotated key gets the gradient of each rank's heads."""
+    from l3m_like.distributed import parallelize
+
+    with mock.patch.dict(parallelize.TP_STYLES, {"divided": None}):
+        yield
+
+
 @pytest.mark.parametrize(
     ("name", "mesh", "fault"),
     [
-        ("moe_deepseek", "dp_shard 2", bias_of_one_rank),
+        ("deepseek", "dp_shard 2", bias_of_one_rank),
+        ("deepseek", "tp 2", rotated_key_not_summed),
         ("moe", "dp_shard 2", load_of_own_rows),
         ("moe", "tp 2", weights_not_summed),
     ],
@@ -99,8 +110,8 @@ def test_a_planted_fault_is_found(name: str, mesh: str, fault: Any) -> None:
 
 def test_the_bias_moves_and_changes_what_is_chosen() -> None:
     """Without moving, the second step's gradients are others."""
-    still = recorded(experiment("moe_deepseek", **{"model.trunk.layer.mlp.router.bias_rate": 0.0}), 1)[0]
-    moved = trained("moe_deepseek")[0]
+    still = recorded(experiment("deepseek", **{"model.trunk.layer.experts.mlp.router.bias_rate": 0.0}), 1)[0]
+    moved = trained("deepseek")[0]
     check_gradients(still.gradients[0], moved.gradients[0])
     name = "trunk.layers.1.mlp.experts.up"
     assert not torch.allclose(still.gradients[2][name], moved.gradients[2][name], rtol=1e-3)

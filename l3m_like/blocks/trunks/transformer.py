@@ -36,7 +36,8 @@ class Transformer(ReadWriteBlock):
         layer: ``layer(dim)`` makes one; or a named dict of such, with ``pattern``.
         rope: rotary positions, or None.
         mask: "causal", "full" or "prefix".
-        pattern: names of ``layer``, one per layer; a shorter pattern that divides ``num_layers`` is repeated.
+        pattern: names of ``layer``, one per layer; a shorter pattern that divides ``num_layers`` is repeated. Or
+            ``{name: how many}``, one kind after the other; null is what is left: ``{dense: 3, experts: null}``.
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
@@ -51,7 +52,7 @@ class Transformer(ReadWriteBlock):
         layer: Layer | Mapping[str, Layer],
         rope: Rope | None = None,
         mask: str = "causal",
-        pattern: Sequence[str] | None = None,
+        pattern: Sequence[str] | Mapping[str, int | None] | None = None,
         **ports: Any,
     ) -> None:
         super().__init__(**ports)
@@ -154,7 +155,11 @@ class Transformer(ReadWriteBlock):
         return sum(unit.flops(batch * length, pairs[getattr(unit.mixer, "window", None)]) for unit in units)
 
 
-def _layer_makers(layer: Layer | Mapping[str, Layer], num_layers: int, pattern: Sequence[str] | None) -> list[Layer]:
+def _layer_makers(
+    layer: Layer | Mapping[str, Layer], num_layers: int, pattern: Sequence[str] | Mapping[str, int | None] | None
+) -> list[Layer]:
+    if isinstance(pattern, Mapping):
+        pattern = _counted(pattern, num_layers)
     if not isinstance(layer, Mapping):
         if pattern is not None:
             raise UserError("Transformer: pattern names layers, so `layer` must be a named dict of them.")
@@ -171,3 +176,15 @@ def _layer_makers(layer: Layer | Mapping[str, Layer], num_layers: int, pattern: 
         if name not in pattern:
             raise UserError(f"Transformer: layer '{name}' is not in the pattern {list(pattern)}; delete it or use it.")
     return [layer[name] for name in list(pattern) * (num_layers // len(pattern))]
+
+
+def _counted(pattern: Mapping[str, int | None], num_layers: int) -> list[str]:
+    """``{a: 1, b: null}`` and 3 layers -> ``[a, b, b]``."""
+    left = num_layers - sum(count or 0 for count in pattern.values())
+    open_ones = [name for name, count in pattern.items() if count is None]
+    if len(open_ones) > 1 or left < 0 or (left > 0 and not open_ones):
+        raise UserError(
+            f"Transformer: the pattern {dict(pattern)} does not make num_layers ({num_layers}) layers; the counts must add up to "
+            "it, or one of them be null, which takes what is left."
+        )
+    return [name for name, count in pattern.items() for _ in range(left if count is None else count)]
