@@ -19,7 +19,7 @@ EXPERIMENTS = sorted(path for path in CONFIGS.rglob("*.yaml") if "preset" not in
 TINY = [path for path in EXPERIMENTS if "shipped:" in path.read_text(encoding="utf-8")]
 #: published, or (tiny ones) counted by hand in `test_tiny_sizes`
 PARAMETERS = {
-    "deepseek_v3": 671_026_404_352,  # published: 671 B
+    "deepseek_v3": 682_636_472_320,  # 671_026_404_352 and, for multi-token prediction, 11_610_067_968
     "llama3.2_1b": 1_235_814_400,
     "llama3_8b": 8_030_261_248,
     "llama3_70b": 70_553_706_496,

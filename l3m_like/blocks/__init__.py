@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy(
         "preprocessors.patches": ["PatchEmbed"],
         "trunks.transformer": ["Transformer"],
         "trunks.dit": ["DiT"],
+        "postprocessors.multi_token": ["MultiTokenPrediction"],
         "heads.language_model": ["LanguageModelHead"],
         "heads.pixels": ["PatchDecode"],
     },

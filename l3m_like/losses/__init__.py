@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "loss": ["Loss"],
         "token": ["TokenNLL"],
+        "multi_token": ["AheadNLL"],
         "flow": ["FlowMatching"],
         "router": ["LoadBalance", "RowLoadBalance", "RouterZ", "LoadViolation"],
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from l3m_like.core.errors import UserError
 from l3m_like.layers import LatentAttention, MoE, SwiGLU, TransformerLayer
 from l3m_like.pretrained import decoder
 from l3m_like.pretrained.families import Family
-from l3m_like.pretrained.name_map import Templates
+from l3m_like.pretrained.name_map import Source, Templates
 from l3m_like.pretrained.qwen3_moe import EXPERTS
 
 ATTENTION: Templates = {
@@ -31,18 +32,28 @@ SHARED: Templates = {
     "trunk.layers.{i}.mlp.shared.down.weight": "model.layers.{i}.mlp.shared_experts.down_proj.weight",
 }
 BIAS: Templates = {"trunk.layers.{i}.mlp.router.bias": "model.layers.{i}.mlp.gate.e_score_correction_bias"}
-NAMES: Templates = {
-    **decoder.EMBED,
-    **ATTENTION,
-    **decoder.MLP,
-    **EXPERTS,
-    **BIAS,
-    **SHARED,
-    **decoder.NORMS,
-    **decoder.HEAD,
+LAYERS: Templates = {**ATTENTION, **decoder.MLP, **EXPERTS, **BIAS, **SHARED, **decoder.NORMS}
+
+
+def _of_the_last(source: str | Source) -> str | Source:
+    if isinstance(source, str):
+        return source.replace("{i}", "61")
+    return replace(source, name=source.name.replace("{i}", "61"))
+
+
+#: the layer of multi-token prediction stands behind the 61 of the trunk; the reference class ignores it, by this number
+AHEAD: Templates = {
+    **{ours.replace("trunk.layers.{i}", "postprocessor.layer"): _of_the_last(theirs) for ours, theirs in LAYERS.items()},
+    "postprocessor.token_norm.weight": "model.layers.61.enorm.weight",
+    "postprocessor.hidden_norm.weight": "model.layers.61.hnorm.weight",
+    "postprocessor.proj.weight": "model.layers.61.eh_proj.weight",
+    "postprocessor.norm.weight": "model.layers.61.shared_head.norm.weight",
+    # tied to the head's, and named so by a model that has both
+    "postprocessor.head.weight": "lm_head.weight",
 }
+NAMES: Templates = {**decoder.EMBED, **LAYERS, **AHEAD, **decoder.HEAD}
 KNOBS = {
-    **{field: knob for field, knob in decoder.KNOBS.items() if field not in ("num_key_value_heads", "head_dim", "sliding_window")},
+    **decoder.KNOBS,
     "intermediate_size": "dense_mlp_dim",
     "moe_intermediate_size": "mlp_dim",
     "n_routed_experts": "experts",
@@ -136,7 +147,7 @@ def normal(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields | groups | {"n_routed_experts": experts, "num_key_value_heads": fields["num_attention_heads"]}
 
 
-#: the layer of multi-token prediction lies behind the trunk's; ``NAMES`` leaves it out, as the reference class does
+#: of the layer of multi-token prediction: all of it where the model has none, else its copies of embedding and head
 IGNORED = (*decoder.IGNORED, r"model\.layers\.61\..*")
 
 FAMILY = Family(

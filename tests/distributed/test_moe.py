@@ -1,4 +1,4 @@
-"""Mixtures of experts and latent attention: one process = every mesh = accumulation = checkpointing, balance losses and moving biases included."""
+"""Experts and latent attention: one process = every mesh = accumulation = checkpointing, with balance losses and moving biases."""
 
 from __future__ import annotations
 
