@@ -5,7 +5,7 @@ from l3m_like.core.lazy import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "preprocessors.text": ["TokenEmbed"],
+        "preprocessors.text": ["TokenEmbed", "PlacedTokenEmbed"],
         "preprocessors.noise": ["FlowNoise"],
         "preprocessors.labels": ["DropLabel", "TimeLabelEmbed"],
         "preprocessors.patches": ["PatchEmbed"],

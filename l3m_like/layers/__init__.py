@@ -14,9 +14,9 @@ __getattr__, __dir__, __all__ = lazy(
         "mlp": ["MLP", "SwiGLU"],
         "modulation": ["Modulation"],
         "moe": ["MoE", "Router", "Routing"],
-        "norm": ["RMSNorm", "LayerNorm"],
+        "norm": ["RMSNorm", "LayerNorm", "AffineLayerNorm"],
         "patch_embed": ["PatchProjection", "patchify", "unpatchify", "sincos_positions"],
         "rope": ["Rope"],
-        "transformer": ["TransformerLayer", "DiTLayer"],
+        "transformer": ["TransformerLayer", "ParallelLayer", "DiTLayer"],
     },
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.core.init import Init, Ones, Zeros
 from l3m_like.kernels.modulated_norm import gated_modulated_norm, modulated_norm
 from l3m_like.kernels.rms_norm import rms_norm
 from l3m_like.kernels.select import selected
@@ -56,3 +58,46 @@ class LayerNorm(nn.Module):
     def of_sum(self, x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """``(modulated norm of x + gate * branch, x + gate * branch)``."""
         return gated_modulated_norm(x, gate, branch, shift, scale, self.eps, backend=self.backend)
+
+
+class AffineLayerNorm(nn.Module):
+    """LayerNorm with a weight and a bias (GPT-2); x [..., dim], computed in at least float32. Its owner names it in ``tp_plan`` and
+    ``init_spec``, as that of an ``RMSNorm`` does."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    @overload
+    def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """As ``RMSNorm.forward``."""
+        if residual is not None:
+            x = x + residual
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out = F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.bias.to(wide), self.eps).to(x.dtype)
+        return out if residual is None else (out, x)
+
+
+#: by their names in configs
+NORMS: dict[str, type[RMSNorm] | type[AffineLayerNorm]] = {"rms": RMSNorm, "layer": AffineLayerNorm}
+
+
+def make_norm(kind: str, dim: int, eps: float) -> Any:
+    """An ``RMSNorm`` ("rms") or ``AffineLayerNorm`` ("layer").
+
+    Raises:
+        UserError: no such norm.
+    """
+    if kind not in NORMS:
+        raise UserError(f"no norm '{kind}'. {did_you_mean(kind, NORMS)}")
+    return NORMS[kind](dim, eps=eps)
+
+
+def norm_spec(name: str, norm: nn.Module) -> dict[str, Init]:
+    """How the norm ``name`` is drawn: ones, and a bias of zeros."""
+    return {f"{name}.{leaf}": Zeros() if leaf == "bias" else Ones() for leaf, _ in norm.named_parameters()}

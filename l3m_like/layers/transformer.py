@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l3m_like.core.init import Init, Ones, XavierUniform
+from l3m_like.core.errors import UserError
+from l3m_like.core.init import Init, XavierUniform
 from l3m_like.kernels.attention import LoweredMask
 from l3m_like.kernels.modulated_norm import gated_residual
 from l3m_like.layers.cache import LayerCache
 from l3m_like.layers.modulation import Modulation
 from l3m_like.layers.moe import MoE, Routing
-from l3m_like.layers.norm import LayerNorm, RMSNorm
+from l3m_like.layers.norm import LayerNorm, make_norm, norm_spec
 
 
 class TransformerLayer(nn.Module):
@@ -24,19 +25,26 @@ class TransformerLayer(nn.Module):
         mixer: ``mixer(dim)`` mixes along the sequence: called with (x, rope, mask, cache), has ``flops(tokens, pairs)``.
         mlp: ``mlp(dim)``, called with x, has ``flops(tokens)``. A mixture of experts (``MoE``) is called with ``valid`` as well;
             the layer then returns (x, ``Routing``).
-        norm_eps: of both RMSNorms.
+        norm_eps: of both norms.
+        norm: "rms", or "layer": LayerNorm with weight and bias.
     """
 
     mixer: Any
     mlp: Any
 
     def __init__(
-        self, dim: int, *, mixer: Callable[[int], nn.Module], mlp: Callable[[int], nn.Module], norm_eps: float = 1e-6
+        self,
+        dim: int,
+        *,
+        mixer: Callable[[int], nn.Module],
+        mlp: Callable[[int], nn.Module],
+        norm_eps: float = 1e-6,
+        norm: str = "rms",
     ) -> None:
         super().__init__()
-        self.norm_1 = RMSNorm(dim, eps=norm_eps)
+        self.norm_1 = make_norm(norm, dim, norm_eps)
         self.mixer = mixer(dim)
-        self.norm_2 = RMSNorm(dim, eps=norm_eps)
+        self.norm_2 = make_norm(norm, dim, norm_eps)
         self.mlp = mlp(dim)
         #: it takes ``valid``, and returns what its router did
         self.routes = isinstance(self.mlp, MoE)
@@ -62,7 +70,56 @@ class TransformerLayer(nn.Module):
         return {"norm_1": "replicated", "norm_2": "replicated"}
 
     def init_spec(self) -> dict[str, Init]:
-        return {"norm_1.weight": Ones(), "norm_2.weight": Ones()}
+        return norm_spec("norm_1", self.norm_1) | norm_spec("norm_2", self.norm_2)
+
+
+class ParallelLayer(nn.Module):
+    """Attention and MLP side by side (PaLM, arXiv:2204.02311, section 2): ``x + mixer(norm(x)) + mlp(norm(x))``, x [B, S, D].
+
+    Args:
+        dim: D.
+        mixer, mlp: as in ``TransformerLayer``.
+        norm_eps: of the norm.
+        norm: as in ``TransformerLayer``.
+    """
+
+    mixer: Any
+    mlp: Any
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mixer: Callable[[int], nn.Module],
+        mlp: Callable[[int], nn.Module],
+        norm_eps: float = 1e-6,
+        norm: str = "rms",
+    ) -> None:
+        super().__init__()
+        self.norm = make_norm(norm, dim, norm_eps)
+        self.mixer = mixer(dim)
+        self.mlp = mlp(dim)
+        if isinstance(self.mlp, MoE):
+            raise UserError("ParallelLayer takes no experts; use TransformerLayer for them.")
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: LoweredMask | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        normed = self.norm(x)
+        return x + self.mixer(normed, rope, mask, cache) + self.mlp(normed)
+
+    def flops(self, tokens: int, pairs: int) -> int:
+        return self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)
+
+    def tp_plan(self) -> dict[str, str]:
+        return {"norm": "replicated"}
+
+    def init_spec(self) -> dict[str, Init]:
+        return norm_spec("norm", self.norm)
 
 
 class DiTLayer(nn.Module):

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError
-from l3m_like.core.init import Init, Normal, Ones
+from l3m_like.core.init import Init, Normal
 from l3m_like.kernels.linear_cross_entropy import check_backend, linear_cross_entropy
 from l3m_like.kernels.select import selected
-from l3m_like.layers.norm import RMSNorm
+from l3m_like.layers.norm import make_norm, norm_spec
 
 
 class LanguageModelHead(ReadWriteBlock):
-    """Final RMSNorm, then logits or, without ever holding all logits, the negative log-likelihood of the targets.
+    """Final norm, then logits or, without ever holding all logits, the negative log-likelihood of the targets.
 
     Reads   hidden [B, S, D]; targets [B, S] int64, already shifted, -100 = no target (needed for nll)
     Writes  nll [B, S] at least float32, 0 where there is no target; logits [B, S, V] in the weight's dtype. `writes` says
@@ -27,6 +27,7 @@ class LanguageModelHead(ReadWriteBlock):
         vocab_size: V.
         dim: D.
         norm_eps: of the final norm.
+        norm: "rms", or "layer": LayerNorm with weight and bias.
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
@@ -34,10 +35,10 @@ class LanguageModelHead(ReadWriteBlock):
     optional_outputs = ("logits", "nll")
     inference_outputs = ("logits",)
 
-    def __init__(self, vocab_size: int, dim: int, norm_eps: float = 1e-6, **ports: Any) -> None:
+    def __init__(self, vocab_size: int, dim: int, norm_eps: float = 1e-6, norm: str = "rms", **ports: Any) -> None:
         super().__init__(**ports)
         self.backend = check_backend(selected("linear_cross_entropy"))
-        self.norm = RMSNorm(dim, eps=norm_eps)
+        self.norm = make_norm(norm, dim, norm_eps)
         self.proj = nn.Linear(dim, vocab_size, bias=False)
 
     def compute(self, hidden: Tensor, targets: Tensor | None = None, *, outputs: Sequence[str]) -> dict[str, Tensor]:
@@ -62,4 +63,4 @@ class LanguageModelHead(ReadWriteBlock):
         return {"proj.weight": "adamw"}
 
     def init_spec(self) -> dict[str, Init]:
-        return {"norm.weight": Ones(), "proj.weight": Normal(0.02)}
+        return norm_spec("norm", self.norm) | {"proj.weight": Normal(0.02)}
