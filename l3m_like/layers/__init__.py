@@ -17,6 +17,6 @@ __getattr__, __dir__, __all__ = lazy(
         "norm": ["RMSNorm", "LayerNorm", "AffineLayerNorm"],
         "patch_embed": ["PatchProjection", "patchify", "unpatchify", "sincos_positions"],
         "rope": ["Rope"],
-        "transformer": ["TransformerLayer", "ParallelLayer", "DiTLayer"],
+        "transformer": ["TransformerLayer", "ParallelLayer", "LadderLayer", "DiTLayer"],
     },
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError
@@ -120,6 +121,67 @@ class ParallelLayer(nn.Module):
 
     def init_spec(self) -> dict[str, Init]:
         return norm_spec("norm", self.norm)
+
+
+class LadderLayer(nn.Module):
+    """Ladder residual (arXiv:2501.06589, eq. 2): a module reads the stream as it was before the module ahead of it added its
+    output, ``x_i = x_{i-1} + h_i(x_{i-2})``, attention and MLP by turns.
+
+    So that module's sum over tensor-parallel ranks may be under way while the next one computes. The trunk carries two streams,
+    [2, B, S, D]: x_i and x_{i-1}.
+
+    Args:
+        dim: D.
+        mixer, mlp: as in ``TransformerLayer``.
+        norm_eps: of both norms.
+        norm: as in ``TransformerLayer``.
+    """
+
+    #: of the trunk, that go through a layer
+    streams = 2
+
+    mixer: Any
+    mlp: Any
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mixer: Callable[[int], nn.Module],
+        mlp: Callable[[int], nn.Module],
+        norm_eps: float = 1e-6,
+        norm: str = "rms",
+    ) -> None:
+        super().__init__()
+        self.norm_1 = make_norm(norm, dim, norm_eps)
+        self.mixer = mixer(dim)
+        self.norm_2 = make_norm(norm, dim, norm_eps)
+        self.mlp = mlp(dim)
+        if isinstance(self.mlp, MoE):
+            raise UserError("LadderLayer takes no experts; use TransformerLayer for them.")
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: LoweredMask | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """x [2, B, S, D] -> [2, B, S, D]."""
+        now, before = x.unbind()
+        mixed = self.mixer(self.norm_1(before), rope, mask, cache)
+        out = self.mlp(self.norm_2(now))  # ahead of the first use of `mixed`, which waits for its sum
+        now = now + mixed
+        return torch.stack((now + out, now))
+
+    def flops(self, tokens: int, pairs: int) -> int:
+        return self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)
+
+    def tp_plan(self) -> dict[str, str]:
+        return {"norm_1": "replicated", "norm_2": "replicated"}
+
+    def init_spec(self) -> dict[str, Init]:
+        return norm_spec("norm_1", self.norm_1) | norm_spec("norm_2", self.norm_2)
 
 
 class DiTLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""Experts and latent attention: one process = every mesh = accumulation = checkpointing, with balance losses and moving biases."""
+"""Experts, latent attention and other forms: one process = every mesh = accumulation = checkpointing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from l3m_like.config.schema import Muon as MuonConfig
-from tests.distributed.recorder import experiment, recorded, trained, world_size
+from tests.distributed.recorder import experiment, recorded, run_twice, trained, world_size
 from tests.distributed.test_parity import compare, settings
 from tests.parity.rule import check_gradients
 
@@ -36,6 +36,22 @@ def test_equals_one_process(name: str, mesh: str, split: str) -> None:
         assert found[0].column(term) == pytest.approx(reference.column(term), rel=1e-8)
     if not split:
         assert found[0].column("loss/violation") == pytest.approx(reference.column("loss/violation"), rel=1e-8)
+
+
+@pytest.mark.parametrize("layer", ["LadderLayer", "ParallelLayer"])
+def test_layers_of_other_forms(layer: str) -> None:
+    form = {"model.trunk.layer._target_": f"l3m_like.layers.{layer}"}
+    compare(recorded(experiment("llm", **form, tp=2), 2), recorded(experiment("llm", **form), 1)[0])
+
+
+def test_resuming_changes_no_bit() -> None:
+    """The biases of routers go on as well."""
+    settings = {"schedule.name": "constant", "data.sets.train.source": {"_target_": "tests.distributed.toys.Texts", "samples": 97}}
+    whole = recorded(experiment("deepseek", **settings), 1)[0]
+    (resumed,) = recorded(experiment("deepseek", **settings), 1, task=run_twice)
+    assert len(resumed.gradients) == 1
+    for name, value in whole.gradients[-1].items():
+        assert torch.equal(resumed.gradients[-1][name], value), name
 
 
 @pytest.mark.slow

@@ -66,6 +66,10 @@ class Transformer(ReadWriteBlock):
         self.attention_used: dict[str, str] = {}
         self.layers = nn.ModuleList(make(dim) for make in _layer_makers(layer, num_layers, pattern))
         units: list[Any] = list(self.layers)
+        #: how many residual streams go through the layers
+        self.streams = getattr(units[0], "streams", 1)
+        if any(getattr(unit, "streams", 1) != self.streams for unit in units):
+            raise UserError("Transformer: layers of one and of two residual streams (LadderLayer) do not go together.")
         self.router_loads = RouterLoads(units)
         if not self.router_loads.routers and any(port in self.writes for port in ROUTING):
             raise UserError("Transformer: `writes` names what routers did, but no layer has experts (mlp: l3m_like.layers.MoE).")
@@ -101,6 +105,8 @@ class Transformer(ReadWriteBlock):
         mask = AttentionMask(self.mask, document_ids, kv_ids, prefix_lengths, start, cu_seqlens)
         masks = LayerMasks(mask, length, start + length, tokens, self.attention_used if cache is None else None)
         valid = None if document_ids is None else document_ids >= 0
+        if self.streams > 1:
+            tokens = torch.stack([tokens] * self.streams)
         routings = []
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
@@ -112,12 +118,12 @@ class Transformer(ReadWriteBlock):
                 tokens = layer(*arguments)
         if cache is not None:
             cache.length += length
-        out = {"hidden": tokens}
+        out = {"hidden": tokens if self.streams == 1 else tokens[0]}
         if routings:
             out |= zip(ROUTING, (torch.stack(values) for values in zip(*routings, strict=True)), strict=True)
             if self.training and torch.is_grad_enabled():
                 self.router_loads.add(out["router_load"])
-        return {port: out[port] for port in outputs} if outputs else tokens
+        return {port: out[port] for port in outputs} if outputs else out["hidden"]
 
     def after_step(self, mesh: Any) -> None:
         self.router_loads.step(mesh.sum)

@@ -1,0 +1,120 @@
+"""Forms of trunks: layers by count, experts in some layers, side by side, ladder residuals, learned positions."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from l3m_like.blocks import PlacedTokenEmbed, TokenEmbed, Transformer
+from l3m_like.core.errors import UserError
+from l3m_like.kernels.attention import LoweredMask
+from l3m_like.layers import Attention, LadderLayer, MoE, ParallelLayer, Rope, SwiGLU, TransformerLayer
+
+D, H, S = 16, 2, 6
+MIXER, MLP = partial(Attention, num_heads=H), partial(SwiGLU, hidden_dim=24)
+EXPERTS = partial(TransformerLayer, mixer=MIXER, mlp=partial(MoE, hidden_dim=8, experts=4, top_k=2))
+DENSE = partial(TransformerLayer, mixer=MIXER, mlp=MLP)
+
+
+def trunk_of(layer: Any, num_layers: int = 3, **settings: Any) -> Transformer:
+    trunk = Transformer(D, num_layers, layer, Rope(D // H, 1e4), **settings)
+    generator = torch.Generator().manual_seed(0)
+    for name, p in trunk.named_parameters():
+        noise = torch.randn(p.shape, generator=generator) * 0.3
+        p.data = (noise + 1 if "norm" in name else noise).double()
+    return trunk
+
+
+def tokens_of(seed: int = 1) -> Tensor:
+    return torch.randn(2, S, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_layers_by_count() -> None:
+    kinds = {"dense": DENSE, "experts": EXPERTS}
+
+    def made(num_layers: int, **pattern: int | None) -> list[str]:
+        return ["experts" if layer.routes else "dense" for layer in trunk_of(kinds, num_layers, pattern=pattern).layers]
+
+    assert made(3, dense=1, experts=2) == made(3, dense=1, experts=None) == ["dense", "experts", "experts"]
+    for pattern in ({"dense": 1, "experts": 1}, {"dense": None, "experts": None}, {"dense": 4, "experts": None}):
+        with pytest.raises(UserError, match="does not make num_layers"):
+            made(3, **pattern)
+    with pytest.raises(UserError, match="names no layer"):
+        made(3, dense=1, expert=2)
+
+
+def test_what_routers_did_is_written_if_it_is_named() -> None:
+    ids = torch.tensor([[0] * S, [0, 0, 1, 1, -1, -1]])
+    kinds = {"dense": DENSE, "experts": EXPERTS}
+    trunk = trunk_of(kinds, pattern=["dense", "experts", "experts"], writes=["router_load"], stream="t")
+    out = trunk({"t_tokens": tokens_of(), "t_document_ids": ids})
+    assert set(out) == {"t_tokens", "t_document_ids", "t_hidden", "t_router_load"}
+    assert out["t_router_load"].sum(-1).tolist() == [[2 * S, 2 * 4]] * 2  # two layers; 2 experts for each token
+    assert "t_router_load" not in trunk({"t_tokens": tokens_of()}, inference=True)
+    with pytest.raises(UserError, match="no layer has experts"):
+        trunk_of(DENSE, writes=["router_z"])
+
+
+def test_packed_equals_apart_with_experts() -> None:
+    trunk = trunk_of(EXPERTS)
+    x, ids = tokens_of()[:1], torch.tensor([[0, 0, 0, 0, 1, 1]])
+    packed = trunk.compute(x, torch.tensor([[0, 1, 2, 3, 0, 1]]), ids)
+    for at in (slice(0, 4), slice(4, 6)):
+        torch.testing.assert_close(packed[:, at], trunk.compute(x[:, at]), rtol=1e-10, atol=1e-12)
+
+
+def modules_of(trunk: Transformer, x: Tensor) -> list[Any]:
+    """Every attention and MLP after its norm, as functions of a stream."""
+    rope, mask = Rope(D // H, 1e4)(torch.arange(S), torch.float64), LoweredMask(causal=True)
+    found: list[Any] = []
+    for layer in trunk.layers:
+        found.append(lambda x, layer=layer: layer.mixer(layer.norm_1(x), rope, mask))
+        found.append(lambda x, layer=layer: layer.mlp(layer.norm_2(x)))
+    return found
+
+
+def test_ladder_residual_is_the_formula() -> None:
+    """x_i = x_{i-1} + h_i(x_{i-2}), x_{-1} = x_0."""
+    trunk, x = trunk_of(partial(LadderLayer, mixer=MIXER, mlp=MLP)), tokens_of()
+    streams = [x, x]
+    for module in modules_of(trunk, x):
+        streams.append(streams[-1] + module(streams[-2]))
+    torch.testing.assert_close(trunk.compute(x), streams[-1], rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        cache = trunk.make_cache(2, S)
+        parts = [trunk.compute(part, cache=cache) for part in x.split([3, 1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), streams[-1], rtol=1e-12, atol=1e-12)
+
+
+def test_streams_do_not_mix() -> None:
+    kinds = {"a": partial(LadderLayer, mixer=MIXER, mlp=MLP), "b": DENSE}
+    with pytest.raises(UserError, match="do not go together"):
+        trunk_of(kinds, 2, pattern=["a", "b"])
+    for kind in (LadderLayer, ParallelLayer):
+        with pytest.raises(UserError, match="takes no experts"):
+            kind(D, mixer=MIXER, mlp=partial(MoE, hidden_dim=8, experts=4, top_k=2))
+
+
+def test_side_by_side() -> None:
+    trunk, x = trunk_of(partial(ParallelLayer, mixer=MIXER, mlp=MLP), 1), tokens_of()
+    layer = trunk.layers[0]
+    normed = layer.norm(x)
+    rope = Rope(D // H, 1e4)(torch.arange(S), torch.float64)
+    wanted = x + layer.mixer(normed, rope, LoweredMask(causal=True)) + layer.mlp(normed)
+    torch.testing.assert_close(trunk.compute(x), wanted)
+
+
+def test_learned_positions() -> None:
+    embed = PlacedTokenEmbed(10, 4, max_positions=5)
+    ids, positions = torch.tensor([[1, 2, 3]]), torch.tensor([[0, 0, 4]])
+    table, places = embed.embed.weight, embed.place.weight
+    assert torch.equal(embed.compute(ids), table[ids] + places[:3])
+    assert torch.equal(embed.compute(ids, positions), table[ids] + places[positions])
+    with pytest.raises(UserError, match="max_positions"):
+        embed.compute(torch.zeros(1, 6, dtype=torch.int64))
+    assert set(embed.init_spec()) == {name for name, _ in embed.named_parameters()} == {"embed.weight", "place.weight"}
+    assert "positions" not in TokenEmbed(10, 4).ports and embed.ports["positions"]
