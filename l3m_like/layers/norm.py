@@ -61,8 +61,8 @@ class LayerNorm(nn.Module):
 
 
 class AffineLayerNorm(nn.Module):
-    """LayerNorm with a weight and a bias (GPT-2); x [..., dim], computed in at least float32. Its owner names it in ``tp_plan`` and
-    ``init_spec``, as that of an ``RMSNorm`` does."""
+    """LayerNorm with a weight and a bias (GPT-2); x [..., dim], computed in at least float32. Its owner names it in ``tp_plan``
+    and ``init_spec``, as that of an ``RMSNorm`` does."""
 
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
         super().__init__()
