@@ -86,7 +86,7 @@ def documented() -> dict[str, tuple[str, list[str], list[str]]]:
     return {key: (dtype, dims.split(", "), [c.strip() for c in rest.split(" | ")]) for key, dtype, dims, rest in rows}
 
 
-@pytest.mark.parametrize("name", ["llm", "sit"])
+@pytest.mark.parametrize("name", ["llm", "sit", "deepseek"])
 def test_documented_keys_are_the_declared_ones(name: str) -> None:
     table = documented()
     for key, spec in trace(name).wiring.provided.items():
@@ -101,6 +101,6 @@ def test_documented_keys_are_the_declared_ones(name: str) -> None:
 
 def test_no_key_is_documented_that_nothing_writes() -> None:
     written = {"text_logits"}  # of the inference graph
-    for name in ("llm", "sit"):
+    for name in ("llm", "sit", "deepseek"):
         written |= set(trace(name).wiring.provided) | {key for row in trace(name).rows for key in row.writes}
     assert set(documented()) == written

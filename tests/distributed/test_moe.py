@@ -21,10 +21,10 @@ MUON = {"optim.name": "muon", "optim.muon": MuonConfig(), "optim.lr": 0.02}
 @pytest.mark.parametrize(
     ("name", "mesh", "split"),
     [
-        ("moe", "dp_shard 2", ""),
+        pytest.param("moe", "dp_shard 2", "", marks=pytest.mark.slow),
         ("moe", "dp_shard 2 x tp 2", ""),
         ("deepseek", "tp 2", ""),
-        ("deepseek", "dp_shard 2 x tp 2", ""),
+        pytest.param("deepseek", "dp_shard 2 x tp 2", "", marks=pytest.mark.slow),
         ("deepseek", "dp_shard 2", "accumulation 4"),
         ("deepseek", "", "full checkpointing"),
     ],

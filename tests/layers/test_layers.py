@@ -76,7 +76,8 @@ def test_rope_errors() -> None:
     good = {"type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
     Rope(8, 1e4, good)
     for scaling, message in [
-        ({**good, "type": "yarn"}, "llama3"),
+        ({**good, "type": "dynamic"}, "llama3, yarn"),
+        ({**good, "type": "yarn"}, "has no 'low_freq_factor'"),
         ({**good, "facter": 8}, "Did you mean 'factor'"),
         ({k: v for k, v in good.items() if k != "factor"}, "needs factor"),
     ]:
