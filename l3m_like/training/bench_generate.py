@@ -13,7 +13,8 @@ from torch import nn
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.generate.autoregressive import Autoregressive
-from l3m_like.pretrained.name_map import export_state
+from l3m_like.pretrained.decoder import NAMES
+from l3m_like.pretrained.name_map import NameMap, export_state
 from l3m_like.training.load import load
 from l3m_like.training.peers import Decoder, sizes_of, transformers_family
 from l3m_like.training.train import plan
@@ -91,7 +92,7 @@ def _theirs(ours: nn.Module, sizes: Decoder, prompts: torch.Tensor, compiled: bo
     weight = next(ours.parameters())
     with torch.device(weight.device):
         model = getattr(modeling, f"{prefix}ForCausalLM")(config).to(weight.dtype).eval()
-    model.load_state_dict(export_state(sizes.names(), dict(ours.named_parameters())), strict=False)
+    model.load_state_dict(export_state(NameMap.of(NAMES, ours), dict(ours.named_parameters())), strict=False)
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     if compiled:
         settings["cache_implementation"] = "static"

@@ -99,8 +99,8 @@ def test_greedy_tokens_are_those_of_transformers() -> None:
     with torch.no_grad():
         for parameter in loaded.model.trunk.parameters():
             parameter *= 3  # smaller weights say one word for ever
-    from l3m_like.pretrained import export_state
-    from l3m_like.pretrained.qwen3 import name_map
+    from l3m_like.pretrained import NameMap, export_state
+    from l3m_like.pretrained.decoder import NAMES
     from l3m_like.pretrained.torchvision_ops import allow_torchvision
 
     allow_torchvision()
@@ -111,7 +111,7 @@ def test_greedy_tokens_are_those_of_transformers() -> None:
         head_dim=8, rms_norm_eps=1e-6, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )  # fmt: skip
     theirs = Qwen3ForCausalLM(config).eval()
-    names = name_map(2, qk_norm=True, tied=True)
+    names = NameMap.of(NAMES, loaded.model)
     theirs.load_state_dict(export_state(names, dict(loaded.model.named_parameters())), strict=False)
     prompts = [BYTES.encode(prompt) for prompt in PROMPTS]
     longest = max(map(len, prompts))

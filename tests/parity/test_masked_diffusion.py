@@ -14,8 +14,8 @@ from torch import Tensor
 from l3m_like.blocks import CleanCopy, LanguageModelHead, MaskTokens, NoisyHalf, TokenEmbed
 from l3m_like.core import MetaModel
 from l3m_like.losses import MaskedDiffusion
-from l3m_like.pretrained import export_state, import_state
-from l3m_like.pretrained.qwen3 import name_map
+from l3m_like.pretrained import NameMap, export_state, import_state
+from l3m_like.pretrained.decoder import NAMES
 
 MASK = V - 1
 
@@ -70,7 +70,7 @@ def against_transformers(family: str, dtype: torch.dtype, shift: bool, fault: st
     """LLaDA is a Llama whose additive mask is zero; Dream and models made from Qwen3 predict the next place."""
     ours = diffusion(family, shift=shift).to(dtype)
     perturb(ours)
-    names = name_map(LAYERS, qk_norm=FAMILIES[family][5], qkv_bias=FAMILIES[family][6], tied=FAMILIES[family][8])
+    names = NameMap.of(NAMES, ours)
     reference = reference_of(family, dtype)
     reference.load_state_dict(export_state(names, dict(ours.named_parameters())), strict=False)
     if fault == "causal":
