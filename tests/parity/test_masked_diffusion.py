@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rule import check_gradients, check_values, gradients, perturb
-from test_language_model import FAMILIES, LAYERS, D, V, ours_of, reference_of
+from test_language_model import FAMILIES, D, V, ours_of, reference_of
 from torch import Tensor
 
 from l3m_like.blocks import CleanCopy, LanguageModelHead, MaskTokens, NoisyHalf, TokenEmbed
