@@ -110,7 +110,7 @@ class LatentAttention(nn.Module):
         if cache is None:
             out = self._expanded(q, q_turned, latent, r, mask)
         else:
-            first = cache.places is None
+            first = cache.first
             latents, rs = cache.append(latent.unsqueeze(2), r)
             # the first tokens are many: attention between heads costs less than between latents
             out = self._expanded(q, q_turned, latent, r, mask) if first else self._between_latents(q, q_turned, latents, rs, mask)
