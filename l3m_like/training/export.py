@@ -106,8 +106,9 @@ def export_adapters(
     checkpoints, newest = find_checkpoint(str(run), "--run")
     model = _meta_model(cfg)
     of = family(family_name) if family_name else family_of(model)
-    names = _names(of, model)
-    saved = _Saved(model, names, WholeTensors(checkpoints, newest if step is None else step), ema)
+    whole = WholeTensors(checkpoints, newest if step is None else step)
+    names = _names(of, model, whole)
+    saved = _Saved(model, names, whole, ema)
     state = {name: saved[name] for name in sorted(adapter_names(model))}
     lora, base = cfg.lora, cfg.init.from_ if cfg.init is not None else None
     shape = {"alpha": lora.alpha, "rank_stabilized": lora.rank_stabilized, "dropout": lora.dropout}
@@ -176,7 +177,8 @@ def _names(of: Family, model: MetaModel, whole: WholeTensors) -> NameMap:
     names = NameMap.of(of.names, model, strict=False)
     frozen = tuple(f"{path}." for path in frozen_parts(model))
     held = [key.removeprefix("model/") for key in whole.index if key.startswith("model/")]
-    lost = [name for name in held if name not in names.pieces and not name.startswith(frozen)]
+    kept = {*names.pieces, *adapter_names(model)}  # adapters are merged
+    lost = [name for name in held if name not in kept and not name.startswith(frozen)]
     if lost:
         raise UserError(f"{of.architecture} has no place for '{lost[0]}', one of {len(lost)} such tensors of {whole.path}.")
     return names

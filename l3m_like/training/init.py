@@ -7,7 +7,7 @@ Everything is filled with NaN first; what is still NaN afterwards was forgotten,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -106,13 +106,18 @@ def materialize(part: MetaModel, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def initialize(part: MetaModel, seed: int, prefix: str = "", specs: dict[str, Init] | None = None) -> None:
+def initialize(
+    part: MetaModel, seed: int, prefix: str = "", specs: dict[str, Init] | None = None, without: Container[str] = ()
+) -> None:
     """Fill every parameter of ``part`` (materialised, sharded or not) from its layer's ``init_spec``.
 
-    ``prefix`` makes the names of several parts differ. Raises RuntimeError if a NaN is left.
+    ``prefix`` makes the names of several parts differ; ``without``: (prefixed) names that were filled otherwise. Raises
+    RuntimeError if a NaN is left.
     """
     specs = specs or init_specs(part)
     for name, parameter in part.named_parameters():
+        if prefix + name in without:
+            continue
         values = local(parameter)
         index = [i.to(values.device) for i in shard_index(parameter)]
         if values.numel():

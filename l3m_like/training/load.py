@@ -123,8 +123,8 @@ def load(
     saved_dtypes = {name: tensor.dtype for name, tensor in _tensors(model).items()}
     parts = parts_of(model)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")) if mesh is None else mesh.device
-    for name, part in parts.items():
-        specs = init_specs(part)
+    specs = {name: init_specs(part) for name, part in parts.items()}
+    for part in parts.values():
         if mesh is not None:
             for _, block in part.blocks():
                 block.bind(mesh)
@@ -133,12 +133,11 @@ def load(
             part.to(kind)
         part.retie()  # a change of dtype on the meta device parts what is tied
         materialize(part, chosen)
-        if checkpoints is None:
-            initialize(part, cfg.seed, f"{name}." if name else "", specs)
         part.eval()
-    if checkpoints is None and cfg.init is not None:
-        load_weights(model, cfg.init)
     if checkpoints is None:
+        loaded = load_weights(model, cfg.init) if cfg.init is not None else ()
+        for name, part in parts.items():
+            initialize(part, cfg.seed, f"{name}." if name else "", specs[name], without=loaded)
         load_adapters(model, cfg.lora)
 
     # ---- its weights ---------------------------------------------------------------------------------------------

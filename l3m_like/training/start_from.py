@@ -76,8 +76,8 @@ class Start:
         of = family(self.family or folder.model_type)
         return fit(self.module, folder, of, self.setting, strict=self.strict, without=self.without)
 
-    def load(self) -> bool:
-        """Fill the part's (materialised, sharded) parameters and buffers. Were all of them there?"""
+    def load(self) -> Collection[str]:
+        """Fill the part's (materialised, sharded) parameters and buffers; the names of those that were there."""
         folder = self.folder()
         if folder is None:
             loaded, left = self._load_checkpoint()
@@ -90,7 +90,7 @@ class Start:
         for path, part in frozen_parts(self.module).items():
             if all(f"{path}.{name}" in loaded for name, _ in part.named_parameters()):
                 part.loaded_from = self.where
-        return all(name in loaded for name, _ in self.module.named_parameters())
+        return loaded
 
     def _load_checkpoint(self) -> tuple[Collection[str], list[str]]:
         """(names that were filled, what was not, in words)."""
@@ -138,13 +138,20 @@ def starts(model: nn.Module, init: Init) -> list[Start]:
     return found
 
 
-def load_weights(model: nn.Module, init: Init) -> None:
-    """Fill the (materialised, sharded) parameters and buffers of ``model`` as ``init`` says, whatever mesh it is on."""
+def load_weights(model: nn.Module, init: Init) -> set[str]:
+    """Fill the (materialised, sharded) parameters and buffers of ``model`` as ``init`` says, whatever mesh it is on; returns the
+    names of the parameters that were filled."""
+    filled: set[str] = set()
     for start in starts(model, init):
-        whole = start.load()
+        loaded = start.load()
         part = model.get_submodule(start.path)
-        if whole and isinstance(part, Frozen):
+        if isinstance(part, Frozen) and all(name in loaded for name, _ in start.module.named_parameters()):
             part.loaded_from = start.where
+        inside = next(f"{path}." if path else "" for path, module in model.named_modules() if module is start.module)
+        filled |= {f"{inside}{name}" for name in loaded}
+    every = dict(model.named_parameters(remove_duplicate=False))  # a tied one was filled by each of its names
+    here = {id(every[name]) for name in filled & set(every)}
+    return {name for name, parameter in every.items() if id(parameter) in here}
 
 
 def frozen_parts(model: nn.Module) -> dict[str, Frozen]:

@@ -143,8 +143,8 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         loss.bind(mesh)
     graphs = Graphs(cfg.parallel.compile_limit)
     offload = to_plain(cfg.parallel.offload)
-    for name, part in parts.items():
-        specs = init_specs(part)
+    specs = {name: init_specs(part) for name, part in parts.items()}
+    for part in parts.values():
         for _, block in part.blocks():
             block.bind(mesh)
         parallelize(
@@ -157,12 +157,11 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             reshard_after_forward=cfg.parallel.reshard_after_forward,
         )
         materialize(part, mesh.device)
-        if not resumes:
-            initialize(part, cfg.seed, f"{name}." if name else "", specs)
         part.train()
-    if cfg.init is not None and not resumes:
-        load_weights(run.model, cfg.init)
     if not resumes:
+        loaded = load_weights(run.model, cfg.init) if cfg.init is not None else ()
+        for name, part in parts.items():
+            initialize(part, cfg.seed, f"{name}." if name else "", specs[name], without=loaded)
         load_adapters(run.model, cfg.lora)
 
     # ---- optimizers, state, data ---------------------------------------------------------------------------------

@@ -72,3 +72,13 @@ def test_a_planted_fault_is_found(fault: Any) -> None:
     found = recorded(experiment("dllm", **axes), world_size(axes), fault=fault)
     with pytest.raises(AssertionError, match="against"):
         compare(found, trained("dllm", DRAWN)[0])
+
+
+def test_the_metric_of_masked_tokens_adds_up_over_micro_batches() -> None:
+    """Its count is known only in the forward, which a loss may not have with accumulation; a metric may."""
+    metric = {"_target_": "l3m_like.losses.MaskedNLL", "stream": "text", "weight": None}
+    whole, parts = (recorded(experiment("dllm", micro=micro, **{"loss.masked": metric}), 1)[0] for micro in (None, 2))
+    compare([parts], whole)
+    masked = whole.column("loss/masked")
+    assert len(masked) == 3 and all(abs(a - b) < 1e-9 for a, b in zip(masked, parts.column("loss/masked"), strict=True))
+    assert all(abs(a - b) > 0.01 for a, b in zip(masked, whole.column("loss/elbo"), strict=True))

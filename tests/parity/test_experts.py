@@ -26,10 +26,15 @@ from transformers import (
 )
 
 from l3m_like.blocks import LanguageModelHead, TokenEmbed, Transformer
+from l3m_like.config import RunConfig
+from l3m_like.config.schema import Init
 from l3m_like.core import MetaModel
+from l3m_like.core.meta_model import as_model
 from l3m_like.layers import Attention, LatentAttention, MoE, Rope, Router, SwiGLU, TransformerLayer
 from l3m_like.losses import LoadBalance
 from l3m_like.pretrained import NameMap, export_state, family, family_of, import_state
+from l3m_like.training.init import materialize
+from l3m_like.training.start_from import load_weights
 
 V, D, LAYERS = 100, 64, 3
 YARN = {
@@ -273,3 +278,39 @@ def test_a_hub_file_has_each_expert_apart(tmp_path: Path) -> None:
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert shapes == NameMap.of(family("qwen3_moe").names, ours).shapes
+
+
+@pytest.mark.parametrize("name", ["moe", "deepseek"])
+def test_a_folder_fills_the_shipped_experiment(name: str, tmp_path: Path) -> None:
+    """``init.from`` of a folder that their class saved: fields and names fit, and the logits are theirs."""
+    sizes = {
+        "vocab_size": 257, "hidden_size": 128, "num_attention_heads": 4, "tie_word_embeddings": name == "moe",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }  # fmt: skip
+    if name == "moe":
+        config = Qwen3MoeConfig(
+            **sizes, num_hidden_layers=2, num_key_value_heads=2, head_dim=32, moe_intermediate_size=192, num_experts=8,
+            num_experts_per_tok=2, norm_topk_prob=True,
+        )  # fmt: skip
+        theirs: Any = Qwen3MoeForCausalLM(config)
+    else:
+        config = DeepseekV3Config(
+            **sizes, **LATENT | {
+                "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
+                "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "intermediate_size": 384,
+            },
+            num_hidden_layers=3, q_lora_rank=64,
+        )  # fmt: skip
+        theirs = DeepseekV3ForCausalLM(config)
+    for tensor in (*theirs.parameters(), *(b for n, b in theirs.named_buffers() if n.endswith("correction_bias"))):
+        torch.nn.init.normal_(tensor, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    without = [] if name == "moe" else ["~model.postprocessor", "~loss.ahead", "tie=null"]
+    cfg = RunConfig.from_file(Path(__file__).parents[2] / f"configs/experiment/{name}.yaml", without)
+    with torch.device("meta"):
+        model = as_model(cfg.instantiate("model"))
+    materialize(model, torch.device("cpu"))
+    load_weights(model, Init(from_=str(tmp_path)))
+    ids = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        check_values(model({"text_ids": ids}, model.inference())["text_logits"], theirs.eval()(input_ids=ids).logits)

@@ -33,7 +33,7 @@ class TeacherHead(LanguageModelHead):
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
-    outputs = ("teacher_features", "teacher_vocabulary", "teacher_logprobs", "teacher_ids")
+    outputs: tuple[str, ...] = ("teacher_features", "teacher_vocabulary", "teacher_logprobs", "teacher_ids")
     optional_outputs = ()
     inference_outputs = None
 

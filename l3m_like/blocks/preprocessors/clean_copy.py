@@ -41,5 +41,6 @@ class CleanCopy(ReadWriteBlock):
         self, noised: Tensor, ids: Tensor, positions: Tensor, document_ids: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         stages = 2 * (positions // self.block)
-        twice = (torch.cat((x, x), dim=1) for x in (positions, document_ids))
-        return torch.cat((noised, ids), dim=1), *twice, torch.cat((stages, stages + 1), dim=1)
+        pairs = ((noised, ids), (positions, positions), (document_ids, document_ids), (stages, stages + 1))
+        both, twice, documents, numbers = (torch.cat(pair, dim=1) for pair in pairs)
+        return both, twice, documents, numbers
