@@ -42,6 +42,8 @@ PARAMETERS = {
 MOST_LINES = {"llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "dream_7b": 16}
 #: trained by the slow tests alone
 SLOW = ("block_diffusion",)
+#: starts from another experiment's run: tests/training/test_distillation.py trains it
+FROM_A_RUN = ("distill",)
 
 
 def name_of(path: Path) -> str:
@@ -94,7 +96,9 @@ def test_header_names_its_own_command(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=pytest.mark.slow) if path.stem in SLOW else path for path in TINY], ids=name_of
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.stem in SLOW else path for path in TINY if path.stem not in FROM_A_RUN],
+    ids=name_of,
 )
 def test_trains_and_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Three steps, then two more from the checkpoint: the losses are those of five steps in one go."""
