@@ -73,12 +73,12 @@ class FlowLikelihood:
         with sampling(model) as graph, _only_inputs(model):
             graph.check("FlowLikelihood", keys, keys, result)
             dtype = torch.promote_types(graph.dtype, torch.float32)
-            where = {"device": graph.device}
+            given = labels.to(graph.device)
 
             def predict(x: Tensor, t: Tensor) -> Tensor:
-                return graph(dict(zip(keys, (x, t.to(x.dtype), labels.to(**where)), strict=True)))[result].to(x.dtype)
+                return graph(dict(zip(keys, (x, t.to(x.dtype), given), strict=True)))[result].to(x.dtype)
 
-            return self.of(predict, images.to(dtype=dtype, **where), rows.to(**where), mesh=mesh)
+            return self.of(predict, images.to(graph.device, dtype), rows.to(graph.device), mesh=mesh)
 
     def of(self, predict: Field, images: Tensor, rows: Tensor, *, mesh: Mesh | None = None) -> Tensor:
         """Nats [B] of ``images`` [B, C, H, W] under the prediction of a model."""
