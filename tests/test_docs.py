@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -45,10 +47,35 @@ def test_command(page: str, command: str, needs: str | None, tmp_path: Path) -> 
         words = ["python", *words[at:], "--check=model"]
     elif "run/launcher.py" in words and "--check" not in command and "--help" not in words:
         words += ["steps=2", "log.every=1", f"run.dir={tmp_path}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if words[0] == "torchrun":
-        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    elif words[0] in ("python", "python3"):
-        words[0] = sys.executable
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, f"{page}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launch, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
+        code, said = done.returncode, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    else:
+        process = SERVER.Process(target=run_script, args=(words[1:], tmp_path / "said.txt"))
+        process.start()
+        process.join(170)
+        process.kill()
+        code, said = process.exitcode, (tmp_path / "said.txt").read_text()[-5000:]
+    assert code == 0, f"{page}: {command}\n{said}"
+
+
+#: a clean process that has imported what the scripts import, and is forked for each
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__, "l3m_like.training.train", "l3m_like.training.check", "l3m_like.training.bench"])
+
+
+def run_script(words: list[str], out: Path) -> None:
+    """``python SCRIPT ARGUMENTS``, as in a process of its own; what it prints goes to a file."""
+    os.chdir(ROOT)
+    descriptor = os.open(out, os.O_CREAT | os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

@@ -152,7 +152,7 @@ def _check_divides(target: Any, style: str, where: str, tp: int) -> None:
     if style == "divided":
         return
     if style == "experts":
-        for name, dim in target.tp_cuts.items():
+        for name, dim in target.expert_cuts.items():
             if (size := getattr(target, name).shape[dim]) % tp:
                 raise UserError(f"tensor parallel: the experts of {where} are {size} wide, not a multiple of parallel.tp {tp}.")
         return

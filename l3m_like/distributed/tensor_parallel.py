@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 
 class CutExperts(ParallelStyle):
-    """For stacked experts: every rank holds a slice of the hidden width of all of them. The module says by ``tp_cuts`` along
+    """For stacked experts: every rank holds a slice of the hidden width of all of them. The module says by ``expert_cuts`` along
     which dimension each of its parameters is cut.
 
     Its inputs are whole on every rank, and their gradients, each rank's part, are summed; its output, each rank's part of a sum,
@@ -32,7 +32,7 @@ class SumGradients(ParallelStyle):
 
 
 def _cut(name: str, module: Any, mesh: DeviceMesh) -> None:
-    for leaf, dim in module.tp_cuts.items():
+    for leaf, dim in module.expert_cuts.items():
         parameter = getattr(module, leaf)
         cut = distribute_tensor(parameter, mesh, [Shard(dim)])
         module.register_parameter(leaf, nn.Parameter(cut, requires_grad=parameter.requires_grad))

@@ -148,7 +148,7 @@ class Experts(nn.Module):
     """E SwiGLU layers of width F as three stacked parameters: ``gate``, ``up`` [E, F, D] and ``down`` [E, D, F]."""
 
     #: tensor parallelism cuts F: the dimension of each parameter
-    tp_cuts = {"gate": 1, "up": 1, "down": 2}
+    expert_cuts = {"gate": 1, "up": 1, "down": 2}
 
     def __init__(self, dim: int, hidden_dim: int, experts: int) -> None:
         super().__init__()
