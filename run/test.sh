@@ -14,4 +14,5 @@ if [ "${1:-}" = "--all" ]; then
   selection=(-m "not gpu")
   shift
 fi
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "${selection[@]}" "$@"
+# three for two cores: many tests wait for processes of their own
+exec "$PYTHON" -m pytest -n 3 --dist loadfile "${selection[@]}" "$@"
