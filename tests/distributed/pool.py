@@ -70,7 +70,7 @@ class Pool:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 55.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 110.0) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args))
         results: dict[int, Any] = {}
@@ -97,7 +97,7 @@ class Pool:
         self._folder.cleanup()
 
 
-def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 55.0) -> list[Any]:
+def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 110.0) -> list[Any]:
     """Run ``function(*args)`` on every rank of the shared pool of ``world_size`` processes; results in rank order."""
     if world_size not in _pools:
         _pools[world_size] = Pool(world_size)
@@ -116,7 +116,7 @@ def _answer(pipe: Connection, function: Callable[..., Any], *args: Any) -> None:
     os._exit(0)
 
 
-def alone(function: Callable[..., Any], *args: Any, timeout: float = 55.0) -> Any:
+def alone(function: Callable[..., Any], *args: Any, timeout: float = 110.0) -> Any:
     """Run ``function(*args)`` in a process of its own, without a process group; what it returns."""
     context = clean_forks()
     ours, theirs = context.Pipe()
