@@ -63,7 +63,7 @@ def test_the_terms_of_the_sources_make_up_the_loss(ranks: int, tmp_path: Path) -
     loader.close()
 
 
-@pytest.mark.parametrize("ends", ["first", "last"])
+@pytest.mark.parametrize("ends", [pytest.param("first", marks=pytest.mark.slow), "last"])
 def test_data_that_ends_ends_all_ranks_at_the_same_step_with_an_evaluation_and_a_checkpoint(ends: str, tmp_path: Path) -> None:
     mix = {"weights": {"long": 1, "short": 1}, "epochs": {"long": 1, "short": 1}, "ends": ends}
     ended = {}

@@ -63,6 +63,7 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.mark.timeout(300)  # ten seconds of one core
+@pytest.mark.slow
 def test_tiny_diffusion_model_writes_as_well_as_its_autoregressive_twin(texts, tmp_path, monkeypatch, capsys) -> None:
     """Same blocks, data and steps; full size: docs/diffusion_lm.md."""
     monkeypatch.chdir(tmp_path)

@@ -68,6 +68,7 @@ def test_planted_fault_is_found(kind: str, steps: int, faults: Faults, tmp_path:
         check(kind, plain(cfg, kind, faults, steps))
 
 
+@pytest.mark.slow
 def test_average_taken_before_the_step_is_found(tmp_path: Path) -> None:
     wanted = plain(config("sit", tmp_path), "sit", Faults(average_first=True))
     with pytest.raises(AssertionError):

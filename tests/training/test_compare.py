@@ -144,6 +144,7 @@ def test_whole_comparison(kind: str, data: str, variant: str, monkeypatch: pytes
     assert "VOID: the peer reaches less than 95%" in report(short_of) and "50.0% of it" in report(short_of)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_left_out_and_other_failures_of_peers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
 
