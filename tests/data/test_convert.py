@@ -50,7 +50,7 @@ def tokens(given: Input, folder: Path, workers: int = 1) -> dict[str, Any]:
 
 def command(*arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, str(ROOT / "run" / "convert_data.py"), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=55, **more)
+    return subprocess.run(line, capture_output=True, text=True, timeout=110, **more)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +220,7 @@ sys.exit(convert_data.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("to", ["webdataset", "megatron"])
 def test_killed_and_gone_on_with(to: str, workers: int, lines: Path, tmp_path: Path) -> None:
@@ -231,13 +232,13 @@ def test_killed_and_gone_on_with(to: str, workers: int, lines: Path, tmp_path: P
     seen = 0
     for stop in (3, 8):
         running = subprocess.Popen(line, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-        until = time.monotonic() + 40
+        until = time.monotonic() + 130
         while len(list(out.glob(".parts/*.json"))) < stop and running.poll() is None:
             assert time.monotonic() < until
             time.sleep(0.005)
         os.kill(running.pid, signal.SIGKILL)  # only the first process: the others have to end by themselves
         running.wait()
-        until = time.monotonic() + 40
+        until = time.monotonic() + 130
         while _alive(running.pid):
             assert time.monotonic() < until, "a worker outlived its parent"
             time.sleep(0.02)
