@@ -198,7 +198,7 @@ def rank_process(argv: Sequence[str], env: dict[str, str], folder: Path) -> None
 def processes(tmp_path: Path) -> Callable[..., Outcome]:
     """Run the launcher as n ranks, as torchrun or srun would start them; -> (exit codes, output of all, seconds)."""
 
-    def start(n: int, *argv: str, slurm: bool = False, patience_s: float = 100.0, **env: str) -> Outcome:
+    def start(n: int, *argv: str, slurm: bool = False, patience_s: float = 50.0, **env: str) -> Outcome:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -246,7 +246,7 @@ def test_an_error_is_printed_once_and_ends_every_rank(
     processes: Callable[..., Outcome], fault: str, argv: list[str], message: str
 ) -> None:
     codes, errors, seconds = processes(2, *argv, FAKE_FAULT=fault)
-    assert codes == [1, 1] and seconds < 90
+    assert codes == [1, 1] and seconds < 30
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(ours) == 1 and message in ours[0], errors
     assert "Traceback" not in errors
@@ -255,7 +255,7 @@ def test_an_error_is_printed_once_and_ends_every_rank(
 def test_rank_0_killed_is_told_by_the_others(processes: Callable[..., Outcome]) -> None:
     """Here rank 0 hosts the store, as under srun: the other ranks lose the channel itself."""
     codes, errors, seconds = processes(2, FAKE_FAULT="kill_rank_0")
-    assert codes == [-9, 1] and seconds < 90
+    assert codes == [-9, 1] and seconds < 30
     assert "error: rank 1 of 2 lost its connection to rank 0" in errors and "Traceback" not in errors
 
 
@@ -299,7 +299,7 @@ def test_sweep_in_lock_step_under_torchrun(tmp_path: Path) -> None:
 
 def test_a_failing_job_ends_the_lock_step_sweep_on_all_ranks(processes: Callable[..., Outcome], tmp_path: Path) -> None:
     codes, errors, seconds = processes(2, "-m", "dim=4,8,16", FAKE_FAULT="bad_dim_8")
-    assert codes == [1, 1] and seconds < 90 and errors.count("error: dim = 8 is cursed") == 1
+    assert codes == [1, 1] and seconds < 30 and errors.count("error: dim = 8 is cursed") == 1
     (table,) = tmp_path.glob("runs/*/sweep.csv")
     with open(table) as file:
         assert [row["status"] for row in csv.DictReader(file)] == ["done", "failed"]
