@@ -57,6 +57,7 @@ def adamw_reference(
         one.exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
         size = (one.exp_avg_sq / (1 - betas[1] ** count)).sqrt() + eps
         weight.mul_(1 - lr * weight_decay).addcdiv_(one.exp_avg, size, value=-lr / (1 - betas[0] ** count))
+        one.step.add_(1)
         if one.copy is not None:
             one.copy.copy_(weight)
 
@@ -98,7 +99,7 @@ class AdamWTable:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Step in place by Triton; autograd's version counters do not move, and neither do the counts of steps.
+        """Step in place by Triton, the counts of steps too; autograd's version counters do not move.
 
         Args:
             grads: of the weights' shapes, all in one floating-point dtype; unchanged. None: that weight is left alone.
@@ -133,6 +134,16 @@ class AdamWTable:
             ALIGNED=self._aligned and not any(address % 16 for address in where),
             BLOCK=_BLOCK,
             num_warps=8,
+        )
+        number = len(where)
+        _count_kernel[(-(-number // 1024),)](
+            self._table,
+            table,
+            self.weights[0].weight,
+            self.weights[0].weight if found_inf is None else found_inf,
+            number,
+            CHECKED=found_inf is not None,
+            BLOCK=1024,
         )
 
 
@@ -206,3 +217,17 @@ def _kernel(  # type: ignore[no-untyped-def]
         if ALIGNED:
             copy = tl.multiple_of(copy, 16)
         tl.store(copy + at, w.to(copy_like.dtype.element_ty), mask=inside)
+
+
+@jit
+def _count_kernel(  # type: ignore[no-untyped-def]
+    table, grads, weight_like, found_inf, number, CHECKED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Another step of each weight that has a gradient. In a launch of its own: all programs of the other read the counts."""
+    if CHECKED and tl.load(found_inf) > 0:
+        return
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < number
+    there = there & (tl.load(grads + at, mask=there, other=0) != 0)
+    step = tl.load(table + 6 * at + 3, mask=there, other=0).to(weight_like.dtype)
+    tl.store(step, tl.load(step, mask=there, other=0.0) + 1, mask=there)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l3m_like.core.errors import UserError
+
 #: operators of our own, so that a compiled graph holds the loop as one node
 _LIBRARY = torch.library.Library("l3m_like_grouped", "DEF")
 _LIBRARY.define("rows(Tensor x, Tensor weight, Tensor ends) -> Tensor")
@@ -72,6 +74,11 @@ def outer_reference(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def _sizes(ends: Tensor) -> list[int]:
+    if ends.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UserError(
+            "experts in this dtype read the sizes of their groups on the host, which a CUDA graph cannot hold: generate in "
+            "bfloat16, or without compile."
+        )
     borders = [0, *ends.tolist()]
     return [end - start for start, end in zip(borders, borders[1:], strict=False)]
 

@@ -318,6 +318,7 @@ def transformers_decoder(
     *,
     compiled: str = "",
     liger: bool = False,
+    stock: bool = False,
     attention: Sequence[SDPBackend] = _CUDNN,
 ) -> Peer:
     """``Qwen3ForCausalLM`` (without QK-norm ``LlamaForCausalLM``).
@@ -325,6 +326,7 @@ def transformers_decoder(
     Args:
         compiled: "model" (with the loss), "layers", or "".
         liger: with Liger's kernels, logits and cross-entropy fused.
+        stock: with the mask that transformers makes, instead of being told that rows are causal.
         attention: kernels in order of preference.
     """
     family, prefix, modeling, config = transformers_family(sizes)
@@ -332,7 +334,7 @@ def transformers_decoder(
 
     AttentionInterface.register("l3m_like_causal", _causal_attention)
     config.use_cache = False
-    config._attn_implementation = "sdpa" if documents else "l3m_like_causal"
+    config._attn_implementation = "sdpa" if documents or stock else "l3m_like_causal"
     with contextlib.ExitStack() as changes:
         if liger:
             changes.enter_context(_liger(family, modeling, f"{prefix}ForCausalLM"))
@@ -354,7 +356,7 @@ def transformers_decoder(
         return run(batch["text_ids"], batch["text_targets"], batch["text_positions"] if documents else None, count)
 
     how = {"model": "torch.compile of model and loss", "layers": "torch.compile per layer", "": "eager"}[compiled]
-    mask = "packed rows by position_ids, dense mask" if documents else "is_causal"
+    mask = "packed rows by position_ids, dense mask" if documents else "transformers' own mask" if stock else "is_causal"
     kernels = "Liger (RMSNorm, RoPE, SwiGLU, fused linear cross-entropy)" if liger else "no Liger"
     return Peer(
         model,
@@ -390,6 +392,7 @@ def _decoder_variant(package: str = "transformers", default: bool = True, **sett
 
 DECODERS = {
     "compiled": _decoder_variant(compiled="model"),
+    "stock": _decoder_variant(compiled="model", stock=True, attention=()),
     "compiled-flash": _decoder_variant(compiled="model", attention=_FLASH),
     "liger-compiled": _decoder_variant("liger_kernel", compiled="layers", liger=True),
     "liger": _decoder_variant("liger_kernel", liger=True),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from l3m_like import load
 from l3m_like.config import RunConfig
+from l3m_like.core.errors import UserError
 from l3m_like.data import Loader
 from l3m_like.generate import Autoregressive
 from l3m_like.kernels.grouped_linear import grouped_linear, rows_reference
@@ -142,14 +143,25 @@ def test_bf16_compiled_learns_without_waiting(kind: str, tmp_path: Path, monkeyp
 # ---- generation ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llm", "deepseek"])
-def test_static_cache_with_graphs_gives_the_same_tokens(kind: str, tmp_path: Path) -> None:
-    """Prompts of unequal length, greedy and drawn, in float32: without a cache, with one, and compiled."""
-    cfg = config(kind, tmp_path)
-    loaded = load(cfg, device="cuda")
+PROMPTS = [[5, 3, 9], [200, 1, 7, 8, 40, 13, 2], [11]]
+DRAWS: list[dict[str, Any]] = [{"greedy": True}, {"temperature": 0.8, "top_p": 0.95}]
+
+
+def generated(kind: str, dtype: str, folder: Path, *runs: dict[str, Any]) -> list[list[list[int]]]:
+    """The tokens of every run, for both kinds of draws, of prompts of unequal length."""
+    loaded = load(config(kind, folder), device="cuda", dtype=dtype)
     perturb(loaded.model)
-    prompts = [[5, 3, 9], [200, 1, 7, 8, 40, 13, 2], [11]]
-    for draws in ({"greedy": True}, {"temperature": 0.8, "top_p": 0.95}):
-        runs = [{"cache": False}, {}, {"compile": True}]
-        found = [Autoregressive(prompts, 40, end=False, **draws, **settings).run(loaded.model).tokens for settings in runs]
-        assert all(len(tokens) == 40 for tokens in found[0]) and found[0] == found[1] == found[2]
+    samplers = [Autoregressive(PROMPTS, 40, end=False, **draws, **settings) for draws in DRAWS for settings in runs]
+    return [sampler.run(loaded.model).tokens for sampler in samplers]
+
+
+def test_static_cache_with_graphs_gives_the_same_tokens(tmp_path: Path) -> None:
+    found = generated("llm", "float32", tmp_path, {"cache": False}, {}, {"compile": True})
+    assert all(len(tokens) == 40 for tokens in found[0]) and found[0] == found[1] == found[2] and found[3] == found[4] == found[5]
+
+
+def test_static_cache_with_graphs_of_experts(tmp_path: Path) -> None:
+    found = generated("deepseek", "bfloat16", tmp_path, {}, {"compile": True})
+    assert found[0] == found[1] and found[2] == found[3]
+    with pytest.raises(UserError, match="generate in bfloat16"):
+        generated("deepseek", "float32", tmp_path, {"compile": True})

@@ -84,9 +84,6 @@ class AdamW(torch.optim.AdamW):
         for dtype in {grad.dtype for grad in grads if grad is not None}:
             some = [grad if grad is not None and grad.dtype == dtype else None for grad in grads]
             table.step(some, found_inf=found_inf, grad_scale=grad_scale, **settings)
-        counts = [self.state[p]["step"] for p, grad in zip(parameters, grads, strict=True) if grad is not None]
-        if counts:
-            torch._foreach_add_(counts, 1.0 if found_inf is None else 1.0 - found_inf)
         for parameter in parameters:
             parameter.grad = None
 

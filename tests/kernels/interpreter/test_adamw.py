@@ -36,7 +36,8 @@ def test_equals_the_definition(steps: int, half: torch.dtype) -> None:
     for a, b in zip(ours, exact, strict=True):
         for x, y in ((a.weight, b.weight), (a.exp_avg, b.exp_avg), (a.exp_avg_sq, b.exp_avg_sq)):
             torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-7)
-    assert torch.equal(ours[2].weight, untouched)
+        assert float(a.step) == float(b.step)
+    assert torch.equal(ours[2].weight, untouched) and [float(w.step) - steps for w in ours] == [1, 1, 0, 1]
     if half == torch.float16:
         assert all(torch.equal(w.copy, w.weight.half()) for number, w in enumerate(ours) if number != 2)
 
@@ -45,11 +46,13 @@ def test_the_definition_is_that_of_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(5, 7, generator=generator, dtype=torch.float64))
     ours, moments = weight.detach().clone(), [torch.zeros_like(weight) for _ in range(2)]
+    step = torch.zeros(())
     optimizer = torch.optim.AdamW([weight], **SETTINGS)
     for count in range(3):
         weight.grad = torch.randn(5, 7, generator=generator, dtype=torch.float64)
-        adamw_reference([Weight(ours, *moments, torch.tensor(float(count)))], [weight.grad], **SETTINGS)
+        adamw_reference([Weight(ours, *moments, step)], [weight.grad], **SETTINGS)
         optimizer.step()
+        assert float(step) == count + 1
         torch.testing.assert_close(ours, weight.detach(), rtol=1e-14, atol=1e-14)
 
 
@@ -58,3 +61,4 @@ def test_a_bad_step_changes_nothing() -> None:
     AdamWTable(ours).step([torch.ones(shape) for shape in SHAPES], found_inf=torch.ones(()), **SETTINGS)
     for a, b in zip(ours, before, strict=True):
         assert torch.equal(a.weight, b.weight) and torch.equal(a.exp_avg, b.exp_avg) and torch.equal(a.exp_avg_sq, b.exp_avg_sq)
+        assert float(a.step) == 3
