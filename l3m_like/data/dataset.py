@@ -46,7 +46,6 @@ class Visit:
         high, low = key_of(self.seed, f"{purpose}/{self.reference}/{self.epoch}")
         return ((high << 21 | low >> 11) + 0.5) * 2.0**-53
 
-
     def draws(self, purpose: str) -> Draws:
         """A stream of draws, for a purpose that needs more than one."""
         high, low = key_of(self.seed, f"{purpose}/{self.reference}/{self.epoch}")

@@ -29,6 +29,7 @@ def momentum_pass_reference(
     split: int = 1,
     grad_scale: Tensor | None = None,
     found_inf: Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition; arguments and result as ``momentum_pass``. No host sync."""
     bad = found_inf.bool()
@@ -40,7 +41,8 @@ def momentum_pass_reference(
     update.masked_fill_(bad, 0.0)
     momentum.mul_(torch.full((), mu, dtype=momentum.dtype, device=momentum.device).masked_fill(bad, 1.0)).add_(update)
     update = update.add_(momentum, alpha=mu) if nesterov else momentum.clone()
-    parts = update.to(dtype).unflatten(1, (split, -1)).flatten(0, 1)
+    update = update.to(dtype) if out is None else out.copy_(update)
+    parts = update.unflatten(1, (split, -1)).flatten(0, 1)
     wide = torch.promote_types(dtype, torch.float32)
     return parts, torch.linalg.vector_norm(parts, dim=(1, 2), keepdim=True, dtype=wide)
 
@@ -55,6 +57,7 @@ def momentum_pass(
     split: int = 1,
     grad_scale: Tensor | None = None,
     found_inf: Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``M = mu M + G`` in place, and what is to be orthogonalised: ``G + mu M``, or M.
 
@@ -65,6 +68,7 @@ def momentum_pass(
         split: parts of the rows that are orthogonalised apart.
         grad_scale: device scalar that gradients are divided by.
         found_inf: device scalar; where it is 1, the momentum stays and the results are not written: they are any numbers.
+        out: [N, rows, cols] of ``dtype``, contiguous: where the update is written. None: a new tensor.
 
     Returns:
         The update [N * split, rows / split, cols], and the Frobenius norm of its parts [N * split, 1, 1], float32.
@@ -77,7 +81,8 @@ def momentum_pass(
     left = iter(there)
     table, aligned = _addresses([None if grad is None else next(left) for grad in grads], momentum.device)
     size = rows // split * cols
-    update = torch.empty(count * split, rows // split, cols, dtype=dtype, device=momentum.device)
+    update = torch.empty(momentum.shape, dtype=dtype, device=momentum.device) if out is None else out
+    update = update.view(count * split, rows // split, cols)
     squares = torch.empty(count * split, triton.cdiv(size, _BLOCK), dtype=torch.float32, device=momentum.device)
     _momentum_kernel[(squares.shape[1], count * split)](
         table,

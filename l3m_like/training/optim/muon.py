@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,8 +69,8 @@ class Muon:
         else:
             even = sum(matrix.parameter.numel() for matrix in matrices) // mesh.world_size
             self.buckets = buckets(matrices, mesh, min(_IN_WORK, even // _PARTS))
-        #: per bucket: ``{(group, factor of the update): places in the bucket}``
-        self._alike: list[dict[tuple[int, float], list[int]]] = []
+        #: per bucket: what is done to its shards, one launch for each
+        self._runs: list[list[Run]] = []
         #: per bucket, flat: the momentum of this rank's shards
         self._momentum: list[Tensor] = []
         self._named: dict[str, Tensor] = {}
@@ -77,116 +78,93 @@ class Muon:
             wide = torch.promote_types(bucket.matrices[0].parameter.dtype, torch.float32)
             flat = torch.zeros(bucket.numel, dtype=wide, device=mesh.device)
             self._momentum.append(flat)
-            alike: dict[tuple[int, float], list[int]] = {}
-            for place, (matrix, view) in enumerate(zip(bucket.matrices, bucket.views(flat), strict=True)):
-                split, rows, cols = matrix.kind
-                factor = scale_of(rows // split, cols, settings.scale)
-                alike.setdefault((group_of[matrix.name], factor), []).append(place)
+            for matrix, view in zip(bucket.matrices, bucket.views(flat), strict=True):
                 self._named[f"{matrix.name}.momentum"] = _like(matrix.parameter, view)
-            self._alike.append(alike)
+            self._runs.append(_runs(bucket, flat, group_of, settings.scale))
 
     @torch.no_grad()
     def step(self, found_inf: Tensor, grad_scale: Tensor | None = None) -> None:
         """One step; ``found_inf`` and ``grad_scale`` as for ``AdamW.step``. No host sync."""
         if self._alone:
-            for bucket, momentum, alike in zip(self.buckets, self._momentum, self._alike, strict=True):
-                self._step_alone(bucket, momentum, alike, found_inf, grad_scale)
+            for bucket, momentum, (run,) in zip(self.buckets, self._momentum, self._runs, strict=True):
+                update, norm = self._move(run, momentum, found_inf, grad_scale, split=bucket.matrices[0].split)
+                made, size = newton_schulz_scaled(update, steps=self.settings.steps, norm=norm)
+                self._put(run, made.contiguous().view(-1, *run.shape), found_inf, size)
         else:
             self._step_together(found_inf, grad_scale)
 
-    def _step_alone(
+    def _move(
         self,
-        bucket: Bucket,
+        run: Run,
         momentum: Tensor,
-        alike: dict[tuple[int, float], list[int]],
         found_inf: Tensor,
         grad_scale: Tensor | None,
-    ) -> None:
-        """The matrices of a bucket, which are of one kind and group, without an exchange."""
-        fused = takes(momentum)
-        ((number, factor),) = alike
-        group = self.param_groups[number]
-        split, rows, cols = bucket.matrices[0].kind
-        parameters = [matrix.parameter for matrix in bucket.matrices]
-        update, norm = (momentum_pass if fused else momentum_pass_reference)(
-            [None if p.grad is None else local(p.grad).flatten(0, -2) for p in parameters],
-            momentum.view(-1, rows, cols),
+        *,
+        split: int = 1,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Move the momentum of a run on. Returns what is to be orthogonalised, and its norms."""
+        return (momentum_pass if takes(momentum) else momentum_pass_reference)(
+            [None if p.grad is None else local(p.grad).flatten(0, -2) for p in run.parameters],
+            run.of(momentum),
             mu=self.settings.momentum,
             nesterov=self.settings.nesterov,
             dtype=self.dtype,
             split=split,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            out=out,
         )
-        made, size = newton_schulz_scaled(update, steps=self.settings.steps, norm=norm)
+
+    def _put(self, run: Run, update: Tensor, found_inf: Tensor, size: float = 1.0) -> None:
+        """Decay the weights of a run, and subtract its updates, which are ``size`` times too large."""
+        group = self.param_groups[run.group]
+        weights = [local(p) for p in run.parameters]
+        fused = takes(weights[0]) and all(weight.is_contiguous() for weight in weights)
+        copies = [None if copy is None else local(copy).flatten(0, -2) for copy in map(copy_of, run.parameters)]
         (apply_pass if fused else apply_pass_reference)(
-            [local(p).flatten(0, -2) for p in parameters],
-            made.contiguous().view(-1, rows, cols),
-            rate=group["lr"] * factor / size,
+            [weight.flatten(0, -2) for weight in weights],
+            update,
+            rate=group["lr"] * run.factor / size,
             decay=group["lr"] * group["weight_decay"],
             found_inf=found_inf,
-            copies=[None if copy is None else copy.flatten(0, -2) for copy in map(copy_of, parameters)],
+            copies=copies,
         )
 
     def _step_together(self, found_inf: Tensor, grad_scale: Tensor | None) -> None:
         """While a bucket is orthogonalised, the next one's shards and the last one's results are on their way."""
-        bad = found_inf.bool()
-        arriving = self._send(0, bad, grad_scale)
+        arriving = self._send(0, found_inf, grad_scale)
         leaving: Pending | None = None
         for number, bucket in enumerate(self.buckets):
-            following = self._send(number + 1, bad, grad_scale) if number + 1 < len(self.buckets) else None
+            following = self._send(number + 1, found_inf, grad_scale) if number + 1 < len(self.buckets) else None
             results = [self._orthogonal(stack, split) for stack, split in _with_splits(bucket, bucket.assemble(arriving))]
             returning = bucket.scatter(results, self._momentum[number].new_empty(0, dtype=self.dtype))
             if leaving is not None:
-                self._apply(number - 1, leaving, bad)
+                self._apply(number - 1, leaving, found_inf)
             leaving = returning
             if following is not None:
                 arriving = following
         if leaving is not None:
-            self._apply(len(self.buckets) - 1, leaving, bad)
+            self._apply(len(self.buckets) - 1, leaving, found_inf)
 
-    def _send(self, number: int, bad: Tensor, grad_scale: Tensor | None) -> Pending:
+    def _send(self, number: int, found_inf: Tensor, grad_scale: Tensor | None) -> Pending:
         """Move a bucket's momentum on, and send what is to be orthogonalised to the owners."""
-        bucket, momentum, mu = self.buckets[number], self._momentum[number], self.settings.momentum
-        flat = torch.empty_like(momentum)
-        views, grads = [], []
-        for matrix, view in zip(bucket.matrices, bucket.views(flat), strict=True):
-            if matrix.parameter.grad is None:
-                view.zero_()
-            elif view.numel():
-                views.append(view)
-                grads.append(local(matrix.parameter.grad))
-        if views:
-            torch._foreach_copy_(views, grads)
-        if grad_scale is not None:
-            flat.div_(grad_scale)
-        # a bad step adds zeros to a momentum that is multiplied by 1; its update is thrown away in ``_apply``
-        flat = torch.where(bad, 0.0, flat)
-        momentum.mul_(torch.full((), mu, dtype=flat.dtype, device=flat.device).masked_fill(bad, 1.0)).add_(flat)
-        update = flat.add_(momentum, alpha=mu) if self.settings.nesterov else momentum
-        return bucket.gather(update.to(self.dtype))
+        bucket, momentum = self.buckets[number], self._momentum[number]
+        update = torch.empty_like(momentum, dtype=self.dtype)
+        for run in self._runs[number]:
+            self._move(run, momentum, found_inf, grad_scale, out=run.of(update))
+        return bucket.gather(update)
 
     def _orthogonal(self, stack: Tensor, split: int) -> Tensor:
         """stack [N, rows, cols] -> the same, each of ``split`` parts of the rows orthogonalised apart."""
         parts = stack.unflatten(1, (split, -1)).flatten(0, 1)
         return newton_schulz(parts, steps=self.settings.steps).view(stack.shape)
 
-    def _apply(self, number: int, arriving: Pending, bad: Tensor) -> None:
-        """Decay a bucket's weights and add the updates that come back."""
-        bucket, returned = self.buckets[number], arriving.wait()
-        flat = torch.empty_like(self._momentum[number])
-        keep = (~bad).to(flat.dtype)
-        torch.mul(returned, keep, out=flat)
-        updates = bucket.views(flat)
-        for (group_number, factor), places in self._alike[number].items():
-            group = self.param_groups[group_number]
-            some = [place for place in places if updates[place].numel()]
-            if not some:
-                continue
-            weights = [local(bucket.matrices[place].parameter) for place in some]
-            if group["weight_decay"]:
-                torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"] * keep)
-            torch._foreach_add_(weights, [updates[place] for place in some], alpha=-group["lr"] * factor)
+    def _apply(self, number: int, arriving: Pending, found_inf: Tensor) -> None:
+        """Step a bucket's weights by the updates that come back."""
+        returned = arriving.wait()
+        for run in self._runs[number]:
+            self._put(run, run.of(returned), found_inf)
 
     def _flops(self, matrix: Matrix) -> int:
         split, rows, cols = matrix.kind
@@ -207,6 +185,40 @@ class Muon:
     def named_state(self) -> dict[str, Tensor]:
         """As ``AdamW.named_state``: ``<parameter>.momentum``."""
         return dict(self._named)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbours in a bucket that are stepped alike, and whose shards here have one shape."""
+
+    group: int
+    #: of the update
+    factor: float
+    parameters: list[nn.Parameter]
+    #: of a shard: (rows, columns), the rows of a stack one below the other
+    shape: tuple[int, int]
+    #: where the first one lies in the bucket's flat tensors
+    start: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Their shards in ``flat``, [N, rows, columns]; a view."""
+        size = len(self.parameters) * math.prod(self.shape)
+        return flat[self.start : self.start + size].view(-1, *self.shape)
+
+
+def _runs(bucket: Bucket, flat: Tensor, group_of: Mapping[str, int], scale: str) -> list[Run]:
+    runs: list[Run] = []
+    start = 0
+    for matrix, view in zip(bucket.matrices, bucket.views(flat), strict=True):
+        split, rows, cols = matrix.kind
+        group, factor = group_of[matrix.name], scale_of(rows // split, cols, scale)
+        shape = math.prod(view.shape[:-1]), view.shape[-1]
+        if view.numel():
+            if not runs or (runs[-1].group, runs[-1].factor, runs[-1].shape) != (group, factor, shape):
+                runs.append(Run(group, factor, [], shape, start))
+            runs[-1].parameters.append(matrix.parameter)
+        start += view.numel()
+    return runs
 
 
 def _batches(matrices: list[Matrix], group_of: Mapping[str, int], itemsize: int) -> list[list[Matrix]]:
