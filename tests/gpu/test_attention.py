@@ -1,0 +1,112 @@
+"""On an NVIDIA GPU: every backend of attention against float64, and documents of a row that never see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from l3m_like.kernels.attention import attention
+from l3m_like.layers import AttentionMask, lower
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+    pytest.mark.timeout(300),
+]
+ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 512, 4, 2, 64
+PLAIN = ("full", "causal")
+PACKED = ("documents", "full documents", "window", "windows in documents")
+OTHER = ("prefix", "staged in documents")
+#: backend: the masks it is exact for
+EXACT = {"flash": PLAIN, "cudnn": PLAIN, "varlen": PLAIN + PACKED, "flex": PLAIN + PACKED + OTHER}
+
+
+def documents() -> tuple[Tensor, Tensor]:
+    """Document of every place [ROWS, LENGTH], -1 at the end of the first row; and all borders."""
+    lengths = [[100, 1, 37, 300], [250, 262]]
+    ids = torch.full((ROWS, LENGTH), -1, dtype=torch.int32)
+    borders, number = [0], 0
+    for row, some in enumerate(lengths):
+        start = 0
+        for length in some:
+            ids[row, start : start + length] = number
+            start, number = start + length, number + 1
+            borders.append(row * LENGTH + start)
+        if start < LENGTH:
+            borders.append((row + 1) * LENGTH)
+    return ids, torch.tensor(borders, dtype=torch.int32)
+
+
+def mask_of(name: str) -> AttentionMask:
+    ids, borders = (x.cuda() for x in documents())
+    stages = (torch.arange(LENGTH) // 16).expand(ROWS, LENGTH).contiguous().cuda()
+    return {
+        "full": AttentionMask("full"),
+        "causal": AttentionMask("causal"),
+        "window": AttentionMask("causal", window=50),
+        "documents": AttentionMask("causal", ids, cu_seqlens=borders),
+        "full documents": AttentionMask("full", ids, cu_seqlens=borders),
+        "windows in documents": AttentionMask("causal", ids, cu_seqlens=borders, window=20),
+        "prefix": AttentionMask("prefix", prefix_lengths=torch.tensor([77, 300]).cuda()),
+        "staged in documents": AttentionMask("staged", ids, stages=stages),
+    }[name]
+
+
+def inputs(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    return [torch.randn(ROWS, LENGTH, h, WIDTH, generator=generator, dtype=torch.float64).cuda().to(dtype) for h in heads]
+
+
+def results(mask: AttentionMask, backend: str, qkv: Sequence[Tensor]) -> list[Tensor]:
+    """Output and gradients, where somebody attends."""
+    leaves = [x.detach().clone().requires_grad_() for x in qkv]
+    lowered = lower(mask, backend, ROWS, LENGTH, LENGTH, leaves[0].device)
+    call = torch.compile(attention, dynamic=False) if backend == "flex" else attention  # as in a compiled layer
+    out = call(*leaves, lowered)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+    if mask.document_ids is not None:
+        live = (mask.document_ids >= 0)[..., None, None]
+        weight, out = weight * live, torch.where(live, out, 0)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(("backend", "kind"), [(backend, kind) for backend, kinds in EXACT.items() for kind in kinds])
+def test_error_in_bf16(backend: str, kind: str) -> None:
+    """Output and gradients: at most twice the error of scaled_dot_product_attention with a table of pairs."""
+    torch.compiler.reset()
+    qkv, mask = inputs(), mask_of(kind)
+    exact = results(mask, "reference", [x.double() for x in qkv])
+    theirs, ours = results(mask, "sdpa", qkv), results(mask, backend, qkv)
+    for number, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
+        assert a.isfinite().all() and error(a, e) <= 2 * error(b, e), number
+
+
+@pytest.mark.parametrize("kind", ["documents", "full documents"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *((backend, dtype) for backend in ("reference", "sdpa") for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+        ("varlen", torch.bfloat16),
+        ("flex", torch.float32),
+        ("flex", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_documents_are_isolated_bitwise(backend: str, dtype: torch.dtype, kind: str) -> None:
+    """Other tokens, and other gradients, in all documents but one change no bit of that one's output and gradients."""
+    torch.compiler.reset()
+    mask = mask_of(kind)
+    inside = mask.document_ids == 3
+    qkv = inputs(dtype)
+    changed = [torch.where(inside[..., None, None], x, 3 - x) for x in qkv]
+    for a, b in zip(results(mask, backend, qkv), results(mask, backend, changed), strict=True):
+        assert torch.equal(a[inside], b[inside]) and not torch.equal(a[~inside], b[~inside])
+        assert a.isfinite().all() and b.isfinite().all()
