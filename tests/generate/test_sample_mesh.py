@@ -15,7 +15,7 @@ from l3m_like import load
 from l3m_like.core.random import normal
 from l3m_like.distributed.gradients import local
 from l3m_like.distributed.mesh import build_mesh
-from l3m_like.generate import FlowODE
+from l3m_like.generate import FlowLikelihood, FlowODE
 from tests.distributed.pool import run as on_ranks
 from tests.generate.test_autoregressive import BYTES, Recording
 from tests.generate.tiny import PROMPTS, save_run, tiny
@@ -75,6 +75,30 @@ def test_logits_of_every_step_on_a_mesh(runs, axes) -> None:
         assert set(found) <= set(expected)
         for row, logits in found.items():
             check_values(logits[: len(expected[row])], expected[row])
+
+
+def likelihoods(run: Path, axes: dict[str, int] | None, calls: list[dict]) -> list[torch.Tensor]:
+    """Nats of this rank's images, of which the first ranks have the first ones, for each of ``calls``."""
+    mesh = build_mesh(axes) if axes else None
+    loaded = load(run, mesh=mesh)
+    size, rank = (mesh.dp_size, mesh.dp_rank) if mesh is not None else (1, 0)
+    rows = torch.arange(4).chunk(size)[rank]
+    images = normal(rows, (1, 8, 8), seed=3, purpose="x", dtype=torch.float64)
+    found = [FlowLikelihood(10, **call).run(loaded.model, images, rows + 1, rows, mesh=mesh) for call in calls]
+    assert all(p.requires_grad and p.grad is None for p in loaded.model.parameters())
+    return found
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}], ids=str)
+def test_likelihood_on_a_mesh(runs, axes) -> None:
+    """dopri5 takes another number of steps for every image, and each is a gather of shards that all ranks must make."""
+    calls = [{"steps": 2}, {"method": "dopri5", "steps": 3, "atol": 1e-3, "rtol": 1e-3}]
+    expected = likelihoods(runs["sit"], None, calls)
+    ranks = on_ranks(2, likelihoods, runs["sit"], axes, calls)
+    for call, whole in enumerate(expected):
+        found = torch.cat([rank[call] for rank in ranks]) if "dp_shard" in axes else ranks[1][call]
+        assert float((found - whole).abs().max()) < 1e-8 * float(whole.abs().max())
+    assert float(expected[0].std()) > 1e-3 * float(expected[0].abs().max())  # images differ, so swapped ranks would be seen
 
 
 def sampled_in_training(run: Path, broken: bool) -> tuple[list[torch.Tensor], bool]:
