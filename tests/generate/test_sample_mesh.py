@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +21,24 @@ from l3m_like.distributed.mesh import build_mesh
 from l3m_like.generate import FlowLikelihood, FlowODE
 from tests.distributed.pool import run as on_ranks
 from tests.generate.test_autoregressive import BYTES, Recording
-from tests.generate.tiny import PROMPTS, save_run, tiny
+from tests.generate.tiny import PROMPTS, save_run, tiny, train_run
 from tests.parity.rule import check_values
 
 ROOT = Path(__file__).parents[2]
 IMAGES = {"steps": 2, "num_samples": 5, "guidance": 2.0, "method": "heun"}
 TEXTS = {"prompts": PROMPTS[:3], "max_new_tokens": 8}
+SENTENCE = "the quick brown fox jumps over the lazy dog. "
+LEARNED = {"the quick": " brown fox jumps", "jumps o": "ver the lazy dog", "a": "zy dog. the quic"}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    return {kind: save_run(folder / kind, kind) for kind in ("llm", "sit")}
+    starts = random.Random(0).choices(range(len(SENTENCE)), k=200)
+    lines = [json.dumps({"text": (3 * SENTENCE)[start : start + 80], "split": "train"}) for start in starts]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    trained = train_run(folder, "llm", f"text={folder / 'text.jsonl'}", steps=60)
+    return {kind: save_run(folder / kind, kind) for kind in ("llm", "sit")} | {"trained": trained}
 
 
 def sampled(run: Path, axes: dict[str, int], ema: bool, calls: list[dict]) -> list:
@@ -60,18 +69,33 @@ def test_texts_on_a_mesh(runs, axes) -> None:
         assert found == expected
 
 
-def logits_of_steps(run: Path, axes: dict[str, int] | None) -> dict[int, torch.Tensor]:
+@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}], ids=str)
+def test_greedy_texts_of_a_trained_model_on_a_mesh(runs, axes) -> None:
+    """With the cache, without it, and on a mesh it says the same: what it has learned."""
+    calls = [{"prompts": list(LEARNED), "max_new_tokens": 16, "greedy": True} | more for more in ({}, {"cache": False})]
+    expected = [BYTES.encode(text) for text in LEARNED.values()], list(LEARNED.values())
+    here = load(runs["trained"])
+    for settings in calls:
+        samples = here.generate(**settings)
+        assert (samples.tokens, samples.texts) == expected
+    for found in on_ranks(2, sampled, runs["trained"], axes, False, calls):
+        assert found == [expected, expected]
+
+
+def logits_of_steps(run: Path, axes: dict[str, int] | None, **settings: Any) -> dict[int, torch.Tensor]:
     """``{row: logits of every step}`` of the rows that this rank computes."""
     loaded = load(run, mesh=build_mesh(axes) if axes else None)
-    sampler = Recording(PROMPTS[:3], 8, end=False)
+    sampler = Recording(list(LEARNED), 8, end=False, **settings)
     sampler.run(loaded.model, process=BYTES, mesh=loaded.mesh)
     return {row: torch.stack(steps) for row, steps in sampler.seen.items()}
 
 
+@pytest.mark.parametrize("kind", ["llm", "trained"])
 @pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}], ids=str)
-def test_logits_of_every_step_on_a_mesh(runs, axes) -> None:
-    expected = logits_of_steps(runs["llm"], None)
-    for found in on_ranks(2, logits_of_steps, runs["llm"], axes):
+def test_logits_of_every_step_on_a_mesh(runs, axes, kind) -> None:
+    """Against those without a cache in one process."""
+    expected = logits_of_steps(runs[kind], None, cache=False)
+    for found in on_ranks(2, logits_of_steps, runs[kind], axes):
         assert set(found) <= set(expected)
         for row, logits in found.items():
             check_values(logits[: len(expected[row])], expected[row])
