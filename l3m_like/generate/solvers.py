@@ -53,8 +53,9 @@ def dopri5(
 ) -> Tensor:
     """``x`` [B, ...] at ``end`` from ``x`` at ``start`` < end, by steps that every row chooses for itself.
 
-    The first that is tried is (end - start) / ``steps`` long. A step is taken where the root mean square over a row of ``error / (atol + rtol max(|x|, |x'|))`` is at most 1. So a row's
-    result does not depend on the rows beside it. All ranks of ``mesh`` evaluate equally often.
+    The first that is tried is (end - start) / ``steps`` long. A step is taken where the root mean square over a row of
+    ``error / (atol + rtol max(|x|, |x'|))`` is at most 1. So a row's result does not depend on the rows beside it. All ranks of
+    ``mesh`` evaluate equally often.
 
     Raises:
         UserError: a step so small that the time does not move: the tolerances are out of reach, or the velocity not finite.
@@ -89,7 +90,9 @@ def dopri5(
             return x
 
 
-def tolerances(name: str, method: str, atol: float | None, rtol: float | None, defaults: tuple[float, float]) -> tuple[float, float]:
+def tolerances(
+    name: str, method: str, atol: float | None, rtol: float | None, defaults: tuple[float, float]
+) -> tuple[float, float]:
     """``(atol, rtol)`` of ``name``, with its ``defaults`` where they are None.
 
     Raises:
