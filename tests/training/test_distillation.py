@@ -146,7 +146,7 @@ def test_inference_runs_no_teacher(model: Any) -> None:
     graph = model.inference()
     assert [step.path for step in graph.steps] == ["preprocessor", "trunk", "head"]
     out = model(batch(), graph)
-    assert out["text_logits"].shape == (2, 12, 257) and "text_divergence" not in out
+    assert out["text_logits"].shape == (2, 12, 258) and "text_divergence" not in out
 
 
 def test_vocabularies_must_be_equal() -> None:
@@ -155,7 +155,7 @@ def test_vocabularies_must_be_equal() -> None:
     cfg = distilling()
     for part in ("preprocessor", "head"):
         cfg.model["postprocessor"]["teacher"]["model"][part]["vocab_size"] = 300
-    with pytest.raises(UserError, match="teacher's vocabulary has 300 tokens, the student's 257"):
+    with pytest.raises(UserError, match="teacher's vocabulary has 300 tokens, the student's 258"):
         plan(cfg, 1)
     cfg = distilling()
     cfg.model["postprocessor"] = None
