@@ -224,7 +224,8 @@ def _write_tokenizer(cfg: RunConfig, out: Path, config: dict[str, Any]) -> list[
     process = cfg.to_dict()["data"]["train"].get("process") or {}
     if not isinstance(process.get("tokenizer"), str):
         return ["the run's data names no tokenizer: none is written"]
-    tokenizer = TextTokenizer(process["tokenizer"], config["vocab_size"], process.get("end"))
+    # of the data: the model may have rows for more (a mask token)
+    tokenizer = TextTokenizer(process["tokenizer"], process.get("vocab_size") or config["vocab_size"], process.get("end"))
     if tokenizer.is_bytes:
         config["eos_token_id"] = tokenizer.end_id
         return ["the tokenizer is bytes, which have no tokenizer.json: none is written"]
