@@ -23,7 +23,7 @@ from l3m_like.distributed.activations import apply_checkpointing, apply_offload,
 from l3m_like.distributed.compiled import Graphs
 from l3m_like.distributed.low_precision import LowPrecision
 from l3m_like.distributed.mesh import Mesh
-from l3m_like.distributed.tensor_parallel import CutExperts, SumGradients
+from l3m_like.distributed.tensor_parallel import CutExperts, CutVocabulary, SumGradients
 
 # blocks return new tensors and never write into one in place, so a root that returns views is safe
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -36,7 +36,7 @@ TP_STYLES: dict[str, Any] = {
     "divided": SumGradients,
     "replicated": None,
     "summed": None,
-    "vocab": None,
+    "vocab": CutVocabulary,
 }
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -104,11 +104,13 @@ def apply_tensor_parallel(part: MetaModel, mesh: Mesh) -> None:
             where = f"{path}.{name}" if path else name
             if style not in TP_STYLES:
                 raise UserError(f"tp_plan of {path}: '{style}' is not a style. {did_you_mean(style, TP_STYLES)}")
-            target = _resolve(module, name, path)
+            target: Any = _resolve(module, name, path)
             if isinstance(target, nn.Module):
                 planned |= {f"{where}.{leaf}" for leaf, _ in target.named_parameters(remove_duplicate=False)}
             else:
                 planned.add(where)
+            if style == "vocab" and target.weight.shape[0] % mesh.size("tp"):
+                continue  # whole on every rank: the parts must be equal, and a published vocabulary is what it is
             if (torch_style := TP_STYLES[style]) is not None:
                 _check_divides(target, style, where, mesh.size("tp"))
                 with _own_cuts(target, style, mesh):

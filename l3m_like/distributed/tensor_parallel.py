@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 
 
 class CutExperts(ParallelStyle):
@@ -29,6 +29,22 @@ class SumGradients(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(module, device_mesh, None, _enter)  # type: ignore[arg-type]
+
+
+class CutVocabulary(ParallelStyle):
+    """For a matrix with a row for every token: each rank has an equal part of the rows.
+
+    An embedding looks up what it has, and the ranks' vectors are summed. The matrix of a projection is cut alone: heads read it
+    (``layers/vocabulary.py``), and may share it with an embedding.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if isinstance(module, nn.Embedding):
+            return RowwiseParallel(input_layouts=Replicate())._apply(module, device_mesh)
+        weight = module.get_parameter("weight")
+        cut = distribute_tensor(weight, device_mesh, [Shard(0)])
+        module.register_parameter("weight", nn.Parameter(cut, requires_grad=weight.requires_grad))
+        return module
 
 
 def _cut(name: str, module: Any, mesh: DeviceMesh) -> None:

@@ -16,7 +16,7 @@ from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.random import normal
 from l3m_like.distributed.mesh import Mesh
 from l3m_like.generate.sampler import Inference, collect, deal, sampling
-from l3m_like.generate.solvers import SOLVERS, dopri5
+from l3m_like.generate.solvers import SOLVERS, dopri5, tolerances
 from l3m_like.layers.interpolant import Coefficients, Interpolant, shift_time
 
 #: what a model predicts, or the velocity, as a function of x [B, C, H, W] and times t [B]
@@ -208,20 +208,22 @@ class FlowODE(FlowSampler):
 
     Args:
         method: "euler" (order 1, one evaluation per step), "heun" (order 2, two) or "dopri5" (order 5, six; every row takes as
-            many steps as it needs, so small that the error of one stays below ``atol + rtol |x|``; ``steps`` is not used).
-        atol, rtol: of dopri5.
+            many steps as it needs, so small that the error of one stays below ``atol + rtol |x|``; ``steps`` sets the length of
+            the first one, and a ``shift`` is refused).
+        atol, rtol: of dopri5 (None: 1e-6 and 1e-3).
     """
 
     method: str = "euler"
-    atol: float = 1e-6
-    rtol: float = 1e-3
+    atol: float | None = None
+    rtol: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method not in (*SOLVERS, "dopri5"):
             raise UserError(f"FlowODE: no method '{self.method}'. {did_you_mean(self.method, (*SOLVERS, 'dopri5'))}")
-        if not (self.atol > 0 and self.rtol >= 0):
-            raise UserError(f"FlowODE: atol is {self.atol}, rtol {self.rtol}; the first must be above 0, the second at least 0.")
+        if self.method == "dopri5" and self.shift != 1:
+            raise UserError(f"FlowODE: shift is {self.shift}, but dopri5 chooses its steps itself; set shift: 1, or take heun.")
+        self.tolerances = tolerances("FlowODE", self.method, self.atol, self.rtol, (1e-6, 1e-3))
 
     def integrate(self, predict: Field, x: Tensor, row: Tensor, mesh: Mesh | None = None) -> Tensor:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -229,7 +231,8 @@ class FlowODE(FlowSampler):
 
         start, end = self.interpolant.interval(self.margin)
         if self.method == "dopri5":
-            return dopri5(velocity, x, start, end, atol=self.atol, rtol=self.rtol, mesh=mesh)
+            atol, rtol = self.tolerances
+            return dopri5(velocity, x, start, end, steps=self.steps, atol=atol, rtol=rtol, mesh=mesh)
         return SOLVERS[self.method](velocity, x, self.times(start, end, self.steps))
 
 

@@ -15,7 +15,7 @@ from l3m_like.core.random import uniform
 from l3m_like.distributed.mesh import Mesh
 from l3m_like.generate.flow import Field
 from l3m_like.generate.sampler import sampling
-from l3m_like.generate.solvers import SOLVERS, dopri5
+from l3m_like.generate.solvers import SOLVERS, dopri5, tolerances
 from l3m_like.layers.interpolant import Interpolant
 
 DIVERGENCES = ("hutchinson", "exact")
@@ -27,14 +27,14 @@ class FlowLikelihood:
 
     Args:
         classes: number of real classes.
-        steps: of time (dopri5 takes as many as it needs).
+        steps: of time (dopri5 takes as many as it needs, the first one 1 / ``steps`` of the way long).
         method: "euler", "heun" or "dopri5", see ``FlowODE``.
         divergence: "hutchinson", the unbiased estimate e^T (dv/dx) e with random signs e that are functions of (seed, row); or
             "exact", one backward pass per number of an image.
         path, prediction, margin: as of ``FlowODE``.
         seed: of the signs.
         stream: of the model's blocks.
-        atol, rtol: of dopri5.
+        atol, rtol: of dopri5 (None: 1e-5 both).
 
     Raises:
         UserError: settings out of range; a model that does not fit.
@@ -50,8 +50,8 @@ class FlowLikelihood:
     margin: float | None = None
     seed: int = 0
     stream: str = "image"
-    atol: float = 1e-5
-    rtol: float = 1e-5
+    atol: float | None = None
+    rtol: float | None = None
     interpolant: Interpolant = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +63,7 @@ class FlowLikelihood:
         for setting in ("classes", "steps"):
             if getattr(self, setting) < 1:
                 raise UserError(f"FlowLikelihood: {setting} is {getattr(self, setting)}; it is at least 1.")
+        self.tolerances = tolerances("FlowLikelihood", self.method, self.atol, self.rtol, (1e-5, 1e-5))
         self.interpolant = Interpolant(self.path, self.prediction)
 
     def run(self, model: nn.Module, images: Tensor, labels: Tensor, rows: Tensor, *, mesh: Mesh | None = None) -> Tensor:
@@ -98,7 +99,8 @@ class FlowLikelihood:
 
         state = torch.cat((images.flatten(1), images.new_zeros(len(images), 1)), dim=1)
         if self.method == "dopri5":
-            state = dopri5(backwards, state, 0.0, last - first, atol=self.atol, rtol=self.rtol, mesh=mesh)
+            atol, rtol = self.tolerances
+            state = dopri5(backwards, state, 0.0, last - first, steps=self.steps, atol=atol, rtol=rtol, mesh=mesh)
         else:
             times = [(last - first) * step / self.steps for step in range(self.steps + 1)]
             state = SOLVERS[self.method](backwards, state, times)

@@ -49,18 +49,19 @@ _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1
 
 
 def dopri5(
-    velocity: Velocity, x: Tensor, start: float, end: float, *, atol: float, rtol: float, mesh: Mesh | None = None
+    velocity: Velocity, x: Tensor, start: float, end: float, *, steps: int, atol: float, rtol: float, mesh: Mesh | None = None
 ) -> Tensor:
     """``x`` [B, ...] at ``end`` from ``x`` at ``start`` < end, by steps that every row chooses for itself.
 
-    A step is taken where the root mean square over a row of ``error / (atol + rtol max(|x|, |x'|))`` is at most 1. So a row's
-    result does not depend on the rows beside it. All ranks of ``mesh`` evaluate equally often.
+    The first that is tried is (end - start) / ``steps`` long. A step is taken where the root mean square over a row of
+    ``error / (atol + rtol max(|x|, |x'|))`` is at most 1. So a row's result does not depend on the rows beside it. All ranks of
+    ``mesh`` evaluate equally often.
 
     Raises:
         UserError: a step so small that the time does not move: the tolerances are out of reach, or the velocity not finite.
     """
     t = _times(start, x)
-    size = torch.full_like(t, (end - start) / 20)
+    size = torch.full_like(t, (end - start) / steps)
     first = velocity(x, t)
     while True:
         size = torch.minimum(size, end - t)  # a row that has arrived makes steps of 0
@@ -87,6 +88,23 @@ def dopri5(
             raise UserError(f"dopri5: {hopeless} samples do not reach atol {atol}, rtol {rtol}; raise them, or take heun.")
         if not left:
             return x
+
+
+def tolerances(
+    name: str, method: str, atol: float | None, rtol: float | None, defaults: tuple[float, float]
+) -> tuple[float, float]:
+    """``(atol, rtol)`` of ``name``, with its ``defaults`` where they are None.
+
+    Raises:
+        UserError: out of range; or given to a ``method`` of fixed steps, which would not look at them.
+    """
+    given = ", ".join(setting for setting, value in (("atol", atol), ("rtol", rtol)) if value is not None)
+    if given and method != "dopri5":
+        raise UserError(f"{name}: {given} given, but the method '{method}' takes `steps` equal steps; leave out, or take dopri5.")
+    atol, rtol = (default if value is None else value for value, default in zip((atol, rtol), defaults, strict=True))
+    if not (atol > 0 and rtol >= 0):
+        raise UserError(f"{name}: atol is {atol}, rtol {rtol}; the first must be above 0, the second at least 0.")
+    return atol, rtol
 
 
 def _combined(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:

@@ -25,15 +25,17 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).to(x.dtype)
 
 
+def norm_rope(x: Tensor, cos: Tensor | None, sin: Tensor | None, weight: Tensor | None, eps: float) -> Tensor:
+    """Of queries alone, or keys alone, in plain operations; arguments as ``qk_norm_rope``."""
+    x = x if weight is None else rms_norm_reference(x, weight, eps)
+    return x if cos is None or sin is None else apply_rope(x, cos, sin)
+
+
 def qk_norm_rope_reference(
     q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The definition; arguments as ``qk_norm_rope``."""
-    q = q if q_weight is None else rms_norm_reference(q, q_weight, eps)
-    k = k if k_weight is None else rms_norm_reference(k, k_weight, eps)
-    if cos is not None and sin is not None:
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-    return q, k
+    return norm_rope(q, cos, sin, q_weight, eps), norm_rope(k, cos, sin, k_weight, eps)
 
 
 def qk_norm_rope(

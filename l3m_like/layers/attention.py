@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal, Ones, XavierUniform, Zeros
 from l3m_like.kernels.attention import LoweredMask, attention, check_backend
-from l3m_like.kernels.rope import qk_norm_rope
+from l3m_like.kernels.rope import norm_rope, qk_norm_rope
 from l3m_like.kernels.select import selected
 from l3m_like.layers.cache import LayerCache
 from l3m_like.layers.linear import joint_linear
@@ -32,7 +32,19 @@ class Attention(nn.Module):
         norm_eps: of the QK-norm.
         window: sliding window: a query sees this many last keys, its own included (of a full mask: keys nearer than this).
         backend: "auto", which takes the fastest that is exact for the mask, or one of ``kernels/attention.py``.
+
+    In a trunk with ``kv_every``, some layers hand their keys and values to those above (``gives_kv``), which have queries alone
+    (``take_kv``).
     """
+
+    #: has no keys and values of its own
+    takes_kv = False
+    #: ``forward`` returns (out, (k, v))
+    gives_kv = False
+
+    k_proj: nn.Linear | None
+    v_proj: nn.Linear | None
+    k_norm: RMSNorm | None
 
     def __init__(
         self,
@@ -84,56 +96,71 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
         mask: LoweredMask | None = None,
         cache: LayerCache | None = None,
-    ) -> Tensor:
+        kv: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, S, D]; rope (cos, sin) each [B or 1, S, K]; mask lowered for this layer (None: full, without a window); with a
-        cache, the mask covers all keys in it."""
+        cache, the mask covers all keys in it; kv: what the layer gave that these queries share keys and values with."""
         x = x.to(self.q_proj.weight.dtype)
-        # -1, not num_heads: under tensor parallelism a projection returns this rank's heads
-        q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in joint_linear(x, self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (None, None) if rope is None else rope
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-        q, k = qk_norm_rope(q, k, cos, sin, q_weight, k_weight, self.norm_eps, backend=self.rope_backend)
+        # -1, not num_heads: under tensor parallelism a projection returns this rank's heads
+        if self.k_proj is None or self.v_proj is None:
+            if kv is None:
+                raise UserError("Attention: no layer below gives these queries keys and values (kv_every of the trunk).")
+            k, v = kv
+            q = norm_rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin, q_weight, self.norm_eps)
+        else:
+            q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in joint_linear(x, self.q_proj, self.k_proj, self.v_proj))
+            q, k = qk_norm_rope(q, k, cos, sin, q_weight, k_weight, self.norm_eps, backend=self.rope_backend)
         if self.query_factor != 1:
             q = q * self.query_factor
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.out_proj(attention(q, k, v, mask).flatten(2))
+        out = self.out_proj(attention(q, k, v, mask).flatten(2))
+        return (out, (k, v)) if self.gives_kv else out
+
+    def take_kv(self) -> None:
+        """Have no keys and values, but use those that ``forward`` is given (arXiv:2405.12981)."""
+        self.takes_kv = True
+        self.k_proj = self.v_proj = self.k_norm = None
 
     def set_base_head_dim(self, base: int) -> None:
         """Divide scores by K instead of sqrt(K), with the scores of heads of width ``base`` as they were (muP)."""
         self.query_factor = math.sqrt(base / self.head_dim)
 
-    def make_cache(self, max_len: int, dtype: torch.dtype | None = None) -> LayerCache:
-        """An empty cache for ``max_len`` tokens per row; ``dtype`` None: that of the keys."""
-        return LayerCache(max_len, dtype)
+    def make_cache(self, max_len: int, dtype: torch.dtype | None = None) -> LayerCache | None:
+        """An empty cache for ``max_len`` tokens per row; ``dtype`` None: that of the keys. None: it keeps nothing of its own."""
+        return None if self.takes_kv else LayerCache(max_len, dtype)
 
     def flops(self, tokens: int, pairs: int) -> int:
         """Forward FLOPs of ``tokens`` tokens among which ``pairs`` (query, key) pairs attend."""
-        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        width, kv_width = self.num_heads * self.head_dim, 0 if self.takes_kv else self.num_kv_heads * self.head_dim
         return 2 * tokens * self.dim * (2 * width + 2 * kv_width) + 4 * pairs * width
 
     def tp_plan(self) -> dict[str, str]:
-        plan = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "out_proj": "rowwise"}
+        plan = dict.fromkeys(self._into_heads(), "colwise") | {"out_proj": "rowwise"}
         if self.out_proj.bias is not None:
             plan["out_proj.bias"] = "replicated"
-        if self.q_norm is not None:
-            # each rank sees its own heads only, so its gradient is a part of the sum
-            plan |= {"q_norm": "summed", "k_norm": "summed"}
-        return plan
+        # each rank sees its own heads only, so its gradient is a part of the sum
+        return plan | dict.fromkeys(self._norms(), "summed")
 
     def optim_spec(self) -> dict[str, str | int]:
-        return {"q_proj.weight": self.num_heads, "k_proj.weight": self.num_kv_heads, "v_proj.weight": self.num_kv_heads}
+        return {f"{name}.weight": self.num_heads if name == "q_proj" else self.num_kv_heads for name in self._into_heads()}
 
     def init_spec(self) -> dict[str, Init]:
         inner = self.weight_init
         if isinstance(inner, XavierUniform):
             # the reference draws query, key and value as one fused matrix
             inner = replace(inner, fan_in=self.dim, fan_out=(self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
-        spec: dict[str, Init] = {f"{name}.weight": inner for name in ("q_proj", "k_proj", "v_proj")}
+        spec: dict[str, Init] = {f"{name}.weight": inner for name in self._into_heads()}
         spec["out_proj.weight"] = self.out_init or self.weight_init
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        for name in (*self._into_heads(), "out_proj"):
             if getattr(self, name).bias is not None:
                 spec[f"{name}.bias"] = Zeros()
-        if self.q_norm is not None:
-            spec |= {"q_norm.weight": Ones(), "k_norm.weight": Ones()}
-        return spec
+        return spec | {f"{name}.weight": Ones() for name in self._norms()}
+
+    def _into_heads(self) -> tuple[str, ...]:
+        return ("q_proj",) if self.takes_kv else ("q_proj", "k_proj", "v_proj")
+
+    def _norms(self) -> list[str]:
+        return [name for name in ("q_norm", "k_norm") if getattr(self, name) is not None]

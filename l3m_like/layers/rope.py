@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -90,12 +90,84 @@ class Rope:
     def __call__(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """``(cos, sin)``, each [B, S, K] (or [1, S, K]) in at least float32, for integer positions [B, S] or [S]."""
         dtype = torch.promote_types(dtype, torch.float32)
-        if positions.dim() == 1:
-            positions = positions.unsqueeze(0)
-        angles = positions.to(dtype).unsqueeze(-1) * self.frequencies(dtype, positions.device)
+        return self._tables(positions.to(dtype).unsqueeze(-1) * self.frequencies(dtype, positions.device))
+
+    def _tables(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, S, K] of angles [B, S, K/2] ([S, K/2]: of one row)."""
         angles = torch.cat((angles, angles), dim=-1)
+        if angles.dim() == 2:
+            angles = angles.unsqueeze(0)
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if self.magnitude == 1.0 else (cos * self.magnitude, sin * self.magnitude)
+
+
+LAYOUTS = ("blocks", "interleaved", "axial")
+
+
+class MultiAxisRope(Rope):
+    """Rotary positions of several axes, such as time, height and width: every pair of places of a head turns by one of them.
+
+    Args:
+        head_dim, theta, scaling: as of ``Rope``.
+        sections: pairs of every axis, K/2 together.
+        layout: "blocks": axis after axis (M-RoPE of Qwen2-VL, arXiv:2409.12191, section 2.1); "interleaved": the axes by turns
+            while they have pairs left, and what remains is the first one's (Qwen3-VL); "axial": axis after axis, each with
+            frequencies of its own, ``theta^(-i/n)`` for i < n, the axis's number of pairs (Wan, arXiv:2503.20314).
+
+    Pairs are (i, i + K/2), as everywhere here: weights of a model that turns the places (2i, 2i + 1) want a head's places in the
+    order 0, 2, 4, ..., 1, 3, 5, ... first.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        sections: Sequence[int],
+        layout: str = "blocks",
+        scaling: Mapping[str, float | str] | None = None,
+    ) -> None:
+        super().__init__(head_dim, theta, scaling)
+        if layout not in LAYOUTS:
+            raise UserError(f"MultiAxisRope: no layout '{layout}'. {did_you_mean(layout, LAYOUTS)}")
+        if layout == "axial" and scaling is not None:
+            raise UserError("MultiAxisRope: scaling is of one row of frequencies, and an axial layout has several; leave it out.")
+        self.sections = tuple(sections)
+        self.layout = layout
+        if min(self.sections, default=0) < 1 or sum(self.sections) != head_dim // 2:
+            raise UserError(f"MultiAxisRope: sections {list(sections)} must be at least 1 each, and {head_dim // 2} together.")
+        found = self.axes(torch.device("cpu")).bincount(minlength=len(self.sections)).tolist()
+        if found != list(self.sections):
+            raise UserError(f"MultiAxisRope: by turns, sections {list(sections)} come out as {found}: the first must be largest.")
+
+    def axes(self, device: torch.device) -> Tensor:
+        """The axis of every pair, int64 [K/2]."""
+        pair = torch.arange(self.head_dim // 2, device=device)
+        axis = torch.zeros_like(pair)
+        number = len(self.sections)
+        for other in range(1, number):
+            if self.layout == "interleaved":
+                axis = torch.where((pair % number == other) & (pair < number * self.sections[other]), other, axis)
+            else:
+                axis = axis + (pair >= sum(self.sections[:other]))
+        return axis
+
+    def frequencies(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Angular frequencies [K/2] (radians per position)."""
+        if self.layout != "axial":
+            return super().frequencies(dtype, device)
+        return torch.cat([self.theta ** (-torch.arange(n, device=device).to(dtype) / n) for n in self.sections])
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """``(cos, sin)``, each [B, S, K] in at least float32, for integer positions [A, B, S] of A axes. Positions [B, S] or [S]
+        are those of all axes (a text's)."""
+        if positions.dim() == 3:
+            if len(positions) != len(self.sections):
+                raise UserError(f"MultiAxisRope: positions of {len(positions)} axes, and {len(self.sections)} sections.")
+            positions = positions[self.axes(positions.device)].movedim(0, -1)
+        else:
+            positions = positions.unsqueeze(-1)
+        dtype = torch.promote_types(dtype, torch.float32)
+        return self._tables(positions.to(dtype) * self.frequencies(dtype, positions.device))
 
 
 def yarn_magnitude(scaling: Mapping[str, float | str], name: str = "mscale_all_dim") -> float:

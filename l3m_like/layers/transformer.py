@@ -14,7 +14,7 @@ from l3m_like.kernels.attention import LoweredMask
 from l3m_like.kernels.modulated_norm import gated_residual
 from l3m_like.layers.cache import LayerCache
 from l3m_like.layers.modulation import Modulation
-from l3m_like.layers.moe import MoE, Routing
+from l3m_like.layers.moe import MoE
 from l3m_like.layers.norm import LayerNorm, make_norm, norm_spec
 
 
@@ -26,6 +26,8 @@ class TransformerLayer(nn.Module):
         mixer: ``mixer(dim)`` mixes along the sequence: called with (x, rope, mask, cache), has ``flops(tokens, pairs)``.
         mlp: ``mlp(dim)``, called with x, has ``flops(tokens)``. A mixture of experts (``MoE``) is called with ``valid`` as well;
             the layer then returns (x, ``Routing``).
+
+    Where the mixer gives its keys and values to layers above (``kv_every`` of the trunk), they come last of what is returned.
         norm_eps: of both norms.
         norm: "rms", or "layer": LayerNorm with weight and bias.
     """
@@ -57,12 +59,30 @@ class TransformerLayer(nn.Module):
         mask: LoweredMask | None = None,
         cache: LayerCache | None = None,
         valid: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Routing]:
-        normed, x = self.norm_2(self.mixer(self.norm_1(x), rope, mask, cache), residual=x)
-        if not self.routes:
-            return x + self.mlp(normed)
-        out, routing = self.mlp(normed, valid)
-        return x + out, routing
+        kv: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        """x; with experts (x, ``Routing``); and ``kv`` behind them if the mixer gives it."""
+        mixed, *given = self._mixed(self.norm_1(x), rope, mask, cache, kv)
+        normed, x = self.norm_2(mixed, residual=x)
+        if self.routes:
+            out, routing = self.mlp(normed, valid)
+            return x + out, routing, *given
+        x = x + self.mlp(normed)
+        return (x, *given) if given else x
+
+    def _mixed(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: LoweredMask | None,
+        cache: LayerCache | None,
+        kv: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Any, ...]:
+        """(mixed,), or (mixed, kv) of a mixer that gives its keys and values."""
+        if kv is not None:
+            return (self.mixer(x, rope, mask, cache, kv),)
+        mixed = self.mixer(x, rope, mask, cache)
+        return mixed if isinstance(mixed, tuple) else (mixed,)
 
     def flops(self, tokens: int, pairs: int) -> int:
         return self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)

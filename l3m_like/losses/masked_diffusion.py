@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l3m_like.blocks.preprocessors.mask_tokens import maskable
+from l3m_like.blocks.preprocessors.mask_tokens import document_sizes, maskable
 from l3m_like.losses.loss import Loss
 
 
@@ -16,17 +16,26 @@ class MaskedDiffusion(Loss):
     been masked, in the whole step (LLaDA, arXiv:2502.09992, equation 3). It is an upper bound of the mean NLL of the text.
 
     Reads   weighted_nll [B, S] float; optional only [B, S] bool: where it counts
-    Counts  the tokens of the loader's ids that ``MaskTokens`` may mask (``never`` aside), by document_ids, positions, targets
+    Counts  the tokens of the loader's ids that ``MaskTokens`` may mask (``never`` aside), by document_ids, positions, targets;
+            with ``per_document`` the documents that have any
 
     Args:
         weight: of the term.
-        shift, answers_only: as of ``MaskTokens``.
+        shift, answers_only, per_document: as of ``MaskTokens``.
         ports: reads, stream of ``ReadWriteBlock``.
     """
 
-    def __init__(self, weight: float | None = 1.0, *, shift: bool = False, answers_only: bool = False, **ports: Any) -> None:
+    def __init__(
+        self,
+        weight: float | None = 1.0,
+        *,
+        shift: bool = False,
+        answers_only: bool = False,
+        per_document: bool = False,
+        **ports: Any,
+    ) -> None:
         super().__init__(weight, **ports)
-        self.shift, self.answers_only = shift, answers_only
+        self.shift, self.answers_only, self.per_document = shift, answers_only, per_document
 
     def compute(self, weighted_nll: Tensor, only: Tensor | None = None) -> Tensor:
         nll = weighted_nll.to(torch.promote_types(weighted_nll.dtype, torch.float32))
@@ -35,7 +44,8 @@ class MaskedDiffusion(Loss):
 
     def count(self, document_ids: Tensor, positions: Tensor, targets: Tensor, only: Tensor | None = None) -> Tensor:
         counted = maskable(document_ids, positions, targets, shift=self.shift, answers_only=self.answers_only)
-        return (counted if only is None else counted & only).sum()
+        counted = counted if only is None else counted & only
+        return (document_sizes(document_ids, counted) > 0).sum() if self.per_document else counted.sum()
 
 
 class MaskedNLL(Loss):

@@ -127,11 +127,13 @@ def the_block(model: nn.Module, kind: type[Block]) -> Block:
     """The one block of ``model`` that is a ``kind`` (frozen parts and towers are not looked into).
 
     Raises:
-        UserError: there is none, or there are several.
+        UserError: there is none, or there are several; a trunk that no family describes.
     """
     found = [block for _, block in walk(model) if isinstance(block, kind)]
     if len(found) != 1:
         raise UserError(f"it has {len(found) or 'no'} {kind.__name__}{'s' if len(found) > 1 else ''}, where one is needed.")
+    if isinstance(found[0], Transformer) and found[0].kv_every > 1:
+        raise UserError(f"its layers share keys and values (kv_every: {found[0].kv_every}), and no config.json says so.")
     return found[0]
 
 

@@ -16,7 +16,7 @@ from l3m_like.pretrained.name_map import Templates
 #: ``{model_type of a config.json: module}``; a module is imported when its family is asked for, and calls it ``FAMILY``
 MODULES = {
     name: f"l3m_like.pretrained.{name}"
-    for name in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt2", "falcon")
+    for name in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt2", "falcon", "llada")
 }
 
 

@@ -20,6 +20,7 @@ from l3m_like.pretrained.families import Family, family, family_of
 from l3m_like.pretrained.folder import CONFIG, Folder, FolderMissing, find_folder, small_files, write_folder, write_json
 from l3m_like.pretrained.lora import export_peft, layer_paths, merge
 from l3m_like.pretrained.name_map import NameMap, export_tensor
+from l3m_like.pretrained.wrapped import wrapped_family
 from l3m_like.training.build import build_model
 from l3m_like.training.checkpoint import Checkpointer, WholeTensors
 from l3m_like.training.load import load
@@ -69,8 +70,8 @@ def export(
     whole = WholeTensors(checkpoints, newest if step is None else step)
     model = _meta_model(cfg)
     source, notes = _source(cfg)
-    chosen = family_name or (cfg.init.family if cfg.init else None) or (source.model_type if source else None)
-    of = family(chosen) if chosen else family_of(model)
+    named = family_name or (cfg.init.family if cfg.init else None)
+    of = family(named) if named else wrapped_family(model) or (family(source.model_type) if source else family_of(model))
     names = _names(of, model, whole)
     tensors = _Saved(model, names, whole, ema)
     layout = {
@@ -105,7 +106,7 @@ def export_adapters(
         raise UserError(f"--adapters: the run in {run} {what}. Leave it out: to-hf writes the whole model, adapters merged.")
     checkpoints, newest = find_checkpoint(str(run), "--run")
     model = _meta_model(cfg)
-    of = family(family_name) if family_name else family_of(model)
+    of = family(family_name) if family_name else wrapped_family(model) or family_of(model)
     whole = WholeTensors(checkpoints, newest if step is None else step)
     names = _names(of, model, whole)
     saved = _Saved(model, names, whole, ema)
@@ -223,7 +224,8 @@ def _write_tokenizer(cfg: RunConfig, out: Path, config: dict[str, Any]) -> list[
     process = cfg.to_dict()["data"]["train"].get("process") or {}
     if not isinstance(process.get("tokenizer"), str):
         return ["the run's data names no tokenizer: none is written"]
-    tokenizer = TextTokenizer(process["tokenizer"], config["vocab_size"], process.get("end"))
+    # of the data: the model may have rows for more (a mask token)
+    tokenizer = TextTokenizer(process["tokenizer"], process.get("vocab_size") or config["vocab_size"], process.get("end"))
     if tokenizer.is_bytes:
         config["eos_token_id"] = tokenizer.end_id
         return ["the tokenizer is bytes, which have no tokenizer.json: none is written"]

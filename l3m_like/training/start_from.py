@@ -19,6 +19,7 @@ from l3m_like.core.meta_model import Frozen, MetaModel, Tower
 from l3m_like.distributed.gradients import local
 from l3m_like.pretrained.families import family
 from l3m_like.pretrained.folder import Folder, find_folder
+from l3m_like.pretrained.wrapped import wrapped_family
 from l3m_like.training.checkpoint import Checkpointer, whole_steps
 from l3m_like.training.hugging_face import Fit, fit
 from l3m_like.training.lora import adapter_names
@@ -73,7 +74,7 @@ class Start:
 
     def fit(self, folder: Folder) -> Fit:
         """The folder compared with the part, see ``hugging_face.fit``."""
-        of = family(self.family or folder.model_type)
+        of = family(self.family) if self.family else wrapped_family(self.module) or family(folder.model_type)
         return fit(self.module, folder, of, self.setting, strict=self.strict, without=self.without)
 
     def load(self) -> Collection[str]:

@@ -26,11 +26,13 @@ ROOT = Path(__file__).parents[2]
 Fault = Callable[[], AbstractContextManager[Any]]
 
 _SIZE = ["dim=16", "layers=2", "heads=4", "batch={global: 8, micro: null}"]
+#: an even vocabulary, which tensor parallelism cuts
+_WORDS = ["vocab_size=258", "data.train.process.vocab_size=257"]
 _TEXT = [
-    *(*_SIZE, "kv_heads=2", "head_dim=8", "mlp_dim=24", "sequence=32"),
+    *(*_SIZE, *_WORDS, "kv_heads=2", "head_dim=8", "mlp_dim=24", "sequence=32"),
     *("model.trunk.layer.mixer.bias=true", "data.train.pack.max_documents=2"),
 ]
-_MOE = ["kv_heads=2", "head_dim=8", "mlp_dim=12", "sequence=32", "experts=4", "loss.balance.weight=1.0"]
+_MOE = [*_WORDS, "kv_heads=2", "head_dim=8", "mlp_dim=12", "sequence=32", "experts=4", "loss.balance.weight=1.0"]
 #: experiments on text that differ from `llm` in their noise
 TEXTS = ("llm", "dllm", "block_diffusion")
 #: tiny experiments, two layers: QK-norm, biases, grouped heads and (text) tied embeddings are on
@@ -43,8 +45,8 @@ TINY = {
     # experts as in Qwen3-MoE, and as in DeepSeek-V3, whose bias moves far enough to change what is chosen
     "moe": [*_SIZE, *_MOE, "loss.balance._target_=l3m_like.losses.LoadBalance"],
     "deepseek": [
-        *(*_SIZE, "sequence=32", "experts=4", "mlp_dim=12", "dense_mlp_dim=24", "shared_mlp_dim=8", "groups=2", "kept_groups=1"),
-        *("kv_rank=8", "q_rank=12", "nope_dim=4", "rope_dim=4", "v_dim=6", "bias_rate=0.2"),
+        *(*_SIZE, *_WORDS, "sequence=32", "experts=4", "mlp_dim=12", "dense_mlp_dim=24", "shared_mlp_dim=8"),
+        *("groups=2", "kept_groups=1", "kv_rank=8", "q_rank=12", "nope_dim=4", "rope_dim=4", "v_dim=6", "bias_rate=0.2"),
         *("loss.balance.weight=1.0", "loss.router_z.weight=0.1"),
     ],
     # as it is shipped: without QK-norm

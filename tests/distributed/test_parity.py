@@ -109,6 +109,13 @@ def test_without_qk_norm() -> None:
         compare(trained("sit_shipped"), trained("sit_shipped")[0])
 
 
+def test_keys_and_values_of_the_layer_below() -> None:
+    """They cross the border of two units, which are sharded, cut and recomputed."""
+    shared = {"model.trunk.kv_every": 2}
+    assert not any(name.startswith("trunk.layers.1.mixer.k_") for name in trained("llm", **shared)[0].weights)
+    check("llm", "dp_shard 2 x tp 2", "full checkpointing", **shared)
+
+
 def test_the_reference_has_what_it_should() -> None:
     names = set(trained("llm")[0].weights)
     assert {"trunk.layers.0.mixer.q_norm.weight", "trunk.layers.0.mixer.k_proj.bias"} <= names

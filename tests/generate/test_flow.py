@@ -94,6 +94,8 @@ def test_grid_and_png(tmp_path) -> None:
         ({"shape": [28, 28]}, "channels, height, width"),
         ({"method": "huen"}, "Did you mean 'heun'"),
         ({"steps": 0}, "steps is 0"),
+        ({"method": "dopri5", "shift": 3.0}, "shift is 3.0, but dopri5"),
+        ({"atol": 1e-3}, "atol given, but the method 'euler'"),
         ({"guidance": -1.0}, "guidance is -1"),
         ({"labels": [10]}, "label 10"),
         ({"labels": []}, "labels is empty"),

@@ -62,9 +62,22 @@ def test_dopri5(path: str) -> None:
     torch.testing.assert_close(alone, sampler.integrate(field, x, row), rtol=0, atol=1e-12)
 
 
+TOLERANCES = {"atol": 1e-6, "rtol": 1e-3}
+
+
 def test_dopri5_says_when_it_cannot() -> None:
     with pytest.raises(UserError, match="1 samples do not reach atol"):
-        dopri5(lambda x, t: torch.where(x > 0, torch.nan, 1.0), torch.tensor([[1.0], [-1.0]]), 0.0, 0.5, atol=1e-6, rtol=1e-3)
+        dopri5(lambda x, t: torch.where(x > 0, torch.nan, 1.0), torch.tensor([[1.0], [-1.0]]), 0.0, 0.5, steps=20, **TOLERANCES)
+
+
+def test_steps_are_the_first_try_of_dopri5() -> None:
+    """A constant velocity is exact in any step, so the first one that is tried is taken."""
+    x, times = torch.zeros(1, 1), []
+    for steps in (1, 4):
+        seen: list[float] = []
+        dopri5(lambda x, t, seen=seen: seen.append(float(t)) or torch.ones_like(x), x, 0.0, 0.5, steps=steps, **TOLERANCES)
+        times.append(max(seen[:7]))
+    assert times == [0.5, 0.125]
 
 
 @pytest.mark.parametrize(("path", "prediction"), [("linear", "velocity"), ("gvp", "noise"), ("vp", "score")])

@@ -84,6 +84,8 @@ def test_bits() -> None:
         ({"method": "dopri"}, "Did you mean 'dopri5'"),
         ({"divergence": "exat"}, "Did you mean 'exact'"),
         ({"steps": 0}, "steps is 0"),
+        ({"rtol": 1e-3}, "rtol given, but the method 'heun'"),
+        ({"method": "dopri5", "atol": 0.0}, "atol is 0.0"),
     ],
 )
 def test_bad_settings(settings: dict, words: str) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,21 +18,28 @@ from l3m_like import load
 from l3m_like.core.random import normal
 from l3m_like.distributed.gradients import local
 from l3m_like.distributed.mesh import build_mesh
-from l3m_like.generate import FlowODE
+from l3m_like.generate import FlowLikelihood, FlowODE
 from tests.distributed.pool import run as on_ranks
 from tests.generate.test_autoregressive import BYTES, Recording
-from tests.generate.tiny import PROMPTS, save_run, tiny
+from tests.generate.tiny import PROMPTS, save_run, tiny, train_run
 from tests.parity.rule import check_values
 
 ROOT = Path(__file__).parents[2]
 IMAGES = {"steps": 2, "num_samples": 5, "guidance": 2.0, "method": "heun"}
 TEXTS = {"prompts": PROMPTS[:3], "max_new_tokens": 8}
+SENTENCE = "the quick brown fox jumps over the lazy dog. "
+LEARNED = {"the quick": " brown fox jumps", "jumps o": "ver the lazy dog", "a": "zy dog. the quic"}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    return {kind: save_run(folder / kind, kind) for kind in ("llm", "sit")}
+    starts = random.Random(0).choices(range(len(SENTENCE)), k=200)
+    lines = [json.dumps({"text": (3 * SENTENCE)[start : start + 80], "split": "train"}) for start in starts]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    even = ["vocab_size=258", "data.train.process.vocab_size=257"]  # tensor parallelism cuts it
+    trained = train_run(folder, "llm", f"text={folder / 'text.jsonl'}", *even, steps=60)
+    return {kind: save_run(folder / kind, kind) for kind in ("llm", "sit")} | {"trained": trained}
 
 
 def sampled(run: Path, axes: dict[str, int], ema: bool, calls: list[dict]) -> list:
@@ -60,21 +70,60 @@ def test_texts_on_a_mesh(runs, axes) -> None:
         assert found == expected
 
 
-def logits_of_steps(run: Path, axes: dict[str, int] | None) -> dict[int, torch.Tensor]:
+@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}], ids=str)
+def test_greedy_texts_of_a_trained_model_on_a_mesh(runs, axes) -> None:
+    """With the cache, without it, and on a mesh it says the same: what it has learned."""
+    calls = [{"prompts": list(LEARNED), "max_new_tokens": 16, "greedy": True} | more for more in ({}, {"cache": False})]
+    expected = [BYTES.encode(text) for text in LEARNED.values()], list(LEARNED.values())
+    here = load(runs["trained"])
+    for settings in calls:
+        samples = here.generate(**settings)
+        assert (samples.tokens, samples.texts) == expected
+    for found in on_ranks(2, sampled, runs["trained"], axes, False, calls):
+        assert found == [expected, expected]
+
+
+def logits_of_steps(run: Path, axes: dict[str, int] | None, **settings: Any) -> dict[int, torch.Tensor]:
     """``{row: logits of every step}`` of the rows that this rank computes."""
     loaded = load(run, mesh=build_mesh(axes) if axes else None)
-    sampler = Recording(PROMPTS[:3], 8, end=False)
+    sampler = Recording(list(LEARNED), 8, end=False, **settings)
     sampler.run(loaded.model, process=BYTES, mesh=loaded.mesh)
     return {row: torch.stack(steps) for row, steps in sampler.seen.items()}
 
 
+@pytest.mark.parametrize("kind", ["llm", "trained"])
 @pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}], ids=str)
-def test_logits_of_every_step_on_a_mesh(runs, axes) -> None:
-    expected = logits_of_steps(runs["llm"], None)
-    for found in on_ranks(2, logits_of_steps, runs["llm"], axes):
+def test_logits_of_every_step_on_a_mesh(runs, axes, kind) -> None:
+    """Against those without a cache in one process."""
+    expected = logits_of_steps(runs[kind], None, cache=False)
+    for found in on_ranks(2, logits_of_steps, runs[kind], axes):
         assert set(found) <= set(expected)
         for row, logits in found.items():
             check_values(logits[: len(expected[row])], expected[row])
+
+
+def likelihoods(run: Path, axes: dict[str, int] | None, calls: list[dict]) -> list[torch.Tensor]:
+    """Nats of this rank's images, of which the first ranks have the first ones, for each of ``calls``."""
+    mesh = build_mesh(axes) if axes else None
+    loaded = load(run, mesh=mesh)
+    size, rank = (mesh.dp_size, mesh.dp_rank) if mesh is not None else (1, 0)
+    rows = torch.arange(4).chunk(size)[rank]
+    images = normal(rows, (1, 8, 8), seed=3, purpose="x", dtype=torch.float64)
+    found = [FlowLikelihood(10, **call).run(loaded.model, images, rows + 1, rows, mesh=mesh) for call in calls]
+    assert all(p.requires_grad and p.grad is None for p in loaded.model.parameters())
+    return found
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}], ids=str)
+def test_likelihood_on_a_mesh(runs, axes) -> None:
+    """dopri5 takes another number of steps for every image, and each is a gather of shards that all ranks must make."""
+    calls = [{"steps": 2}, {"method": "dopri5", "steps": 3, "atol": 1e-3, "rtol": 1e-3}]
+    expected = likelihoods(runs["sit"], None, calls)
+    ranks = on_ranks(2, likelihoods, runs["sit"], axes, calls)
+    for call, whole in enumerate(expected):
+        found = torch.cat([rank[call] for rank in ranks]) if "dp_shard" in axes else ranks[1][call]
+        assert float((found - whole).abs().max()) < 1e-8 * float(whole.abs().max())
+    assert float(expected[0].std()) > 1e-3 * float(expected[0].abs().max())  # images differ, so swapped ranks would be seen
 
 
 def sampled_in_training(run: Path, broken: bool) -> tuple[list[torch.Tensor], bool]:

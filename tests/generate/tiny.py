@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from l3m_like.config.run_config import RunConfig
 from l3m_like.training.checkpoint import Checkpointer
 from l3m_like.training.load import Loaded, load
+from l3m_like.training.train import train
 from tests.parity.rule import perturb
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "experiment"
@@ -45,3 +47,12 @@ def save_run(folder: Path, kind: str, *overrides: str, steps: tuple[int, ...] = 
         checkpointer.save(step, tensors, {"step": step})
     checkpointer.close()
     return folder
+
+
+def train_run(folder: Path, kind: str, *overrides: str, steps: int) -> Path:
+    """A run that was trained in this process, in float64; its directory."""
+    short = ["sequence=64", "lr=0.02", f"steps={steps}", "evals=null", "checkpoint.every=null", "log.console=false"]
+    where = [f"run.dir={folder}", "run.name=trained", "parallel.precision=fp64"]
+    with mock.patch("l3m_like.training.report.write_report", lambda *args: None):  # a second of matplotlib
+        train(RunConfig.from_file(CONFIGS / f"{kind}.yaml", [*OVERRIDES[kind], *short, *where, *overrides]))
+    return folder / "trained"

@@ -106,6 +106,35 @@ def test_a_causal_mask_is_found() -> None:
         against_transformers("llama3", torch.float64, False, fault="causal")
 
 
+# ---- finetuning ------------------------------------------------------------------------------------------------------
+
+
+def test_every_answer_counts_the_same() -> None:
+    """(1 / answers) sum over answers of (1 / length) sum over its masked tokens of nll / p (LLaDA, algorithm 2)."""
+    lengths, prompts = (5, 8, 3), (2, 3, 3)  # the third has no answer
+    data = text(lengths, rows=2, size=18)
+    starts = (0, 5, 13)
+    for start, prompt in zip(starts, prompts, strict=True):  # the loader's target of a token is the next one
+        data["text_targets"][:, start : start + prompt - 1] = -100
+    noise = {"answers_only": True, "per_document": True}
+    model = diffusion(**noise).double()
+    perturb(model)
+    loss, _, out = elbo(model, data, **noise)
+    p = 0.001 + 0.999 * model.noise._times("mask_tokens/text", *(data[k] for k in ("row", "text_document_ids", "text_positions")))
+    nll = F.cross_entropy(out["text_logits"].flatten(0, 1), data["text_ids"].flatten(), reduction="none").view(2, 18)
+    answers = []
+    for row, (start, length, prompt) in itertools.product(range(2), zip(starts[:2], lengths[:2], prompts[:2], strict=True)):
+        at = slice(start + prompt, start + length)
+        masked = (out["text_noised"][row, at] == MASK).double()
+        answers.append((nll[row, at] * masked / p[row, at]).sum() / (length - prompt))
+    wanted = torch.stack(answers).mean().detach()
+    assert abs(float(loss) - float(wanted)) < 1e-6 * float(wanted)  # the weights are float32
+    assert float(loss) > 0 and (out["text_noised"] == MASK).sum() > 4
+    # per token, another number comes out
+    tokens, _, _ = elbo(diffusion(answers_only=True).double(), data, answers_only=True)
+    assert abs(float(tokens) - float(wanted)) > 1e-3 * float(wanted)
+
+
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+import l3m_like
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.kernels.linear_distillation import Divergence, linear_distillation_reference
 from l3m_like.training.build import build_model
+from l3m_like.training.checkpoint import load_full
+from tests.distributed.pool import run as on_ranks
 from tests.distributed.recorder import Record, experiment, recorded, world_size
 from tests.distributed.test_parity import compare, one_gradient_halved
 from tests.parity.rule import check_values, perturb
@@ -69,6 +75,41 @@ def test_a_planted_fault_is_found() -> None:
         compare(run("forward_kl", None, one_gradient_halved, dp_shard=2), reference("forward_kl", None))
 
 
+# ---- the shipped experiment ----------------------------------------------------------------------------------------------
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "experiment"
+TEACHER = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_dim": 48}
+STUDENT = ["dim=16", "layers=2", "heads=2", "kv_heads=1", "head_dim=8", "mlp_dim=24"]
+
+
+def train_shipped(name: str, folder: str, *overrides: str) -> list[dict[str, float]]:
+    """The rows that a run of a few steps logs, in float64."""
+    short = ["sequence=32", "batch.global=4", "evals=null", "checkpoint.every=null", "log.console=false", "schedule.warmup=0"]
+    where = [f"run.dir={folder}", "parallel.precision=fp64"]
+    with mock.patch("l3m_like.training.report.write_report", lambda *args: None):  # a second of matplotlib
+        l3m_like.train(RunConfig.from_file(CONFIGS / f"{name}.yaml", [*short, *where, *overrides]))
+    rows = map(json.loads, (Path(folder) / name / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if "loss" in row]
+
+
+def test_the_shipped_experiment_learns_from_a_run(tmp_path: Path) -> None:
+    """A teacher's run fills the frozen part, on one process and cut over two, and both are the same training."""
+    train_shipped("llm", str(tmp_path), "steps=3", "lr=0.05", *(f"{knob}={value}" for knob, value in TEACHER.items()))
+    teacher = ",".join(f"{knob}:{value}" for knob, value in TEACHER.items())
+    start = f"init.parts={{postprocessor.teacher:{tmp_path / 'llm'}}}"
+    words = [*STUDENT, f"teacher={{{teacher}}}", start, "steps=4", "lr=0.01"]
+    one = train_shipped("distill", str(tmp_path / "one"), *words)
+    assert one[0]["loss"] > one[1]["loss"] > one[3]["loss"]
+    assert one[0]["loss"] == pytest.approx(0.5 * (one[0]["loss/next_token"] + one[0]["loss/distillation"]), rel=1e-6)
+    on_ranks(2, train_shipped, "distill", str(tmp_path / "two"), *words, "parallel.dp_shard=2")
+    two = [json.loads(line) for line in (tmp_path / "two" / "distill" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in two if "loss" in row] == pytest.approx([row["loss"] for row in one], rel=1e-8)
+    taught = load_full(tmp_path / "two" / "distill" / "checkpoints")
+    for name, value in load_full(tmp_path / "llm" / "checkpoints").items():
+        if name.startswith("model/"):
+            assert torch.equal(taught[f"model/postprocessor.teacher.model.{name.removeprefix('model/')}"], value), name
+
+
 # ---- the blocks ----------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +146,7 @@ def test_inference_runs_no_teacher(model: Any) -> None:
     graph = model.inference()
     assert [step.path for step in graph.steps] == ["preprocessor", "trunk", "head"]
     out = model(batch(), graph)
-    assert out["text_logits"].shape == (2, 12, 257) and "text_divergence" not in out
+    assert out["text_logits"].shape == (2, 12, 258) and "text_divergence" not in out
 
 
 def test_vocabularies_must_be_equal() -> None:
@@ -114,7 +155,7 @@ def test_vocabularies_must_be_equal() -> None:
     cfg = distilling()
     for part in ("preprocessor", "head"):
         cfg.model["postprocessor"]["teacher"]["model"][part]["vocab_size"] = 300
-    with pytest.raises(UserError, match="teacher's vocabulary has 300 tokens, the student's 257"):
+    with pytest.raises(UserError, match="teacher's vocabulary has 300 tokens, the student's 258"):
         plan(cfg, 1)
     cfg = distilling()
     cfg.model["postprocessor"] = None

@@ -82,7 +82,9 @@ def reference() -> Record:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"dp_shard": 2}, {"tp": 2}, {"checkpoint": "full", "micro": 4}], ids=["dp_shard 2", "tp 2", "split"]
+    "settings",
+    [{"dp_shard": 2}, {"tp": 2}, {"dp_shard": 2, "tp": 2}, {"checkpoint": "full", "micro": 4}],
+    ids=["dp_shard 2", "tp 2", "dp_shard 2 x tp 2", "split"],
 )
 def test_equals_one_process(settings: dict[str, Any]) -> None:
     assert set(reference().start) == {name for name in reference().start if name.rpartition(".")[2] in ("lora_a", "lora_b")}
@@ -90,7 +92,9 @@ def test_equals_one_process(settings: dict[str, Any]) -> None:
     compare(run(**settings), reference())
 
 
-@pytest.mark.parametrize("settings", [{"dp_shard": 2}, {"tp": 2}], ids=["dp_shard 2", "tp 2"])
+@pytest.mark.parametrize(
+    "settings", [{"dp_shard": 2}, {"tp": 2}, {"dp_shard": 2, "tp": 2}], ids=["dp_shard 2", "tp 2", "dp_shard 2 x tp 2"]
+)
 def test_a_planted_fault_is_found(settings: dict[str, Any]) -> None:
     with pytest.raises(AssertionError, match="against"):
         compare(run(one_gradient_halved, **settings), reference())

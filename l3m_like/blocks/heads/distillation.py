@@ -15,6 +15,7 @@ from l3m_like.kernels.linear_distillation import (
     linear_distillation_top_k,
     linear_top_k,
 )
+from l3m_like.layers.vocabulary import whole
 
 
 class TeacherHead(LanguageModelHead):
@@ -45,7 +46,7 @@ class TeacherHead(LanguageModelHead):
         self.top_k = top_k
 
     def compute(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        weight = self.proj.weight
+        weight = whole(self.proj.weight)
         hidden = self.normed(hidden)
         if self.top_k is not None:
             return linear_top_k(hidden, weight, self.top_k)
@@ -104,7 +105,7 @@ class DistillationHead(LanguageModelHead):
         out = super().compute(hidden, targets, outputs=outputs)
         if "divergence" not in outputs:
             return out
-        weight = self.proj.weight
+        weight = whole(self.proj.weight)
         hidden = self.normed(hidden)
         if targets is None:
             raise UserError(f"DistillationHead writes divergence, which needs the key '{self.reads['targets']}'.")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal
-from l3m_like.kernels.linear_cross_entropy import check_backend, linear_cross_entropy
+from l3m_like.kernels.linear_cross_entropy import check_backend
 from l3m_like.kernels.select import selected
 from l3m_like.layers.norm import make_norm, norm_spec
+from l3m_like.layers.vocabulary import vocabulary_logits, vocabulary_nll
 
 
 class LanguageModelHead(ReadWriteBlock):
@@ -52,7 +52,7 @@ class LanguageModelHead(ReadWriteBlock):
         hidden = self.normed(hidden)
         out: dict[str, Tensor] = {}
         if "logits" in outputs:
-            out["logits"] = F.linear(hidden, weight)
+            out["logits"] = vocabulary_logits(hidden, weight)
         for port, factors in {"nll": None, "weighted_nll": weights}.items():
             if port not in outputs:
                 continue
@@ -60,7 +60,7 @@ class LanguageModelHead(ReadWriteBlock):
                 raise UserError(f"LanguageModelHead writes {port}, which needs the key '{self.reads['targets']}'.")
             if port == "weighted_nll" and weights is None:
                 raise UserError(f"LanguageModelHead writes weighted_nll, which needs the key '{self.reads['weights']}'.")
-            out[port] = linear_cross_entropy(hidden, weight, targets, weights=factors, backend=self.backend)
+            out[port] = vocabulary_nll(hidden, weight, targets, weights=factors, backend=self.backend)
         return out
 
     def normed(self, hidden: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.init import Init, Normal, Ones
-from l3m_like.kernels.linear_cross_entropy import IGNORE, check_backend, linear_cross_entropy
+from l3m_like.kernels.linear_cross_entropy import IGNORE, check_backend
 from l3m_like.kernels.select import selected
 from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs
 from l3m_like.layers.moe import RouterLoads
 from l3m_like.layers.norm import RMSNorm
 from l3m_like.layers.rope import Rope
+from l3m_like.layers.vocabulary import vocabulary_nll
 
 ROUTING = ("ahead_router_load", "ahead_router_probability", "ahead_router_z")
 
@@ -107,7 +108,7 @@ class MultiTokenPrediction(ReadWriteBlock):
             x = self.layer(x, rope, mask)
         weight = self.head.weight  # never self.head(...): the matrix is another's
         ahead = targets_ahead(targets, document_ids)
-        out["ahead_nll"] = linear_cross_entropy(self.norm(x).to(weight.dtype), weight, ahead, backend=self.backend)
+        out["ahead_nll"] = vocabulary_nll(self.norm(x).to(weight.dtype), weight, ahead, backend=self.backend)
         return {port: out[port] for port in outputs}
 
     def after_step(self, mesh: Any) -> None:

@@ -38,6 +38,8 @@ class MaskTokens(ReadWriteBlock):
             is still uniform, and the loss varies less from step to step. None: all are independent.
         never: ids that are never masked.
         answers_only: mask only what the loader's targets train on: the prompt of a conversation stays as it is.
+        per_document: weights are divided by the number of tokens of their document that may be masked, so that every document
+            (with ``answers_only``: every answer) counts the same, as in LLaDA's finetuning (algorithm 2). Say so in the loss too.
         shift: the output at place i predicts the token at i + 1, as in a causal model (Dream, arXiv:2508.15487; DiffuLLaMA,
             arXiv:2410.17891): targets and weights stand one place earlier, and a document's first token is never masked.
         block: draw a time for every so many tokens of a document instead of one (block diffusion, arXiv:2503.09573).
@@ -61,6 +63,7 @@ class MaskTokens(ReadWriteBlock):
         strata: int | None = None,
         never: Sequence[int] = (),
         answers_only: bool = False,
+        per_document: bool = False,
         shift: bool = False,
         block: int | None = None,
         training_only: bool = True,
@@ -79,6 +82,7 @@ class MaskTokens(ReadWriteBlock):
         self.strata = strata
         self.never = tuple(never)
         self.answers_only = answers_only
+        self.per_document = per_document
         self.shift = shift
         self.block = block
 
@@ -89,13 +93,17 @@ class MaskTokens(ReadWriteBlock):
         probability = self.p_min + (self.p_max - self.p_min) * self._times(purpose, row, document_ids, positions)
         place = torch.arange(ids.shape[1], device=ids.device)
         masked = uniform_at(self.seed, f"{purpose}/mask", row.unsqueeze(1), place) < probability
-        masked = masked & maskable(document_ids, positions, targets, shift=self.shift, answers_only=self.answers_only)
+        may_be = maskable(document_ids, positions, targets, shift=self.shift, answers_only=self.answers_only)
+        masked = masked & may_be
         for token in self.never:
             masked = masked & (ids != token)
         noised = torch.where(masked, self.mask_id, ids)
         masked_targets = torch.where(masked, ids, IGNORE)
         # float32 whatever the model's dtype, so that runs in float32 and float64 see the same weights
         weights = torch.where(masked, 1 / probability, 0).to(torch.float32)
+        if self.per_document:
+            sizes = document_sizes(document_ids, may_be)
+            weights = weights / sizes.gather(1, document_ids.to(torch.int64) + 1).clamp(min=1)
         if self.shift:
             masked_targets = torch.nn.functional.pad(masked_targets[:, 1:], (0, 1), value=IGNORE)
             weights = torch.nn.functional.pad(weights[:, 1:], (0, 1))
@@ -122,6 +130,13 @@ def maskable(document_ids: Tensor, positions: Tensor, targets: Tensor, *, shift:
     if answers_only:  # the loader's target of a token is the next one
         real = real & torch.nn.functional.pad(targets[:, :-1] != IGNORE, (1, 0), value=False)
     return real
+
+
+def document_sizes(document_ids: Tensor, counted: Tensor) -> Tensor:
+    """How many ``counted`` (bool [B, S]) tokens every document of a row has: int64 [B, S + 1], padding (-1) first, for document
+    ids [B, S] that begin with 0 in every row."""
+    sizes = torch.zeros(len(counted), counted.shape[1] + 1, dtype=torch.int64, device=counted.device)
+    return sizes.scatter_add(1, document_ids.to(torch.int64) + 1, counted.to(torch.int64))
 
 
 def check_mask_id(name: str, mask_id: int, vocab_size: int) -> None:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Normal
+from l3m_like.layers.attention import Attention
 from l3m_like.layers.cache import StaticCache
 from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind
 from l3m_like.layers.moe import RouterLoads
 from l3m_like.layers.rope import Rope
+from l3m_like.layers.transformer import TransformerLayer
 
 Layer = Callable[[int], nn.Module]
 
@@ -43,6 +45,9 @@ class Transformer(ReadWriteBlock):
             ``{name: how many}``, one kind after the other; null is what is left: ``{dense: 3, experts: null}``.
         depth_scaled_init: draw the matrices that write to the residual stream with a deviation smaller by sqrt(2 num_layers), so
             that it does not grow with the depth (Radford et al., "Language Models are Unsupervised Multitask Learners", 2.3).
+        kv_every: of the layers, the first and every so manieth after it has keys and values; those between have queries alone,
+            and use the keys and values of the nearest layer below (cross-layer attention, Brandon et al., arXiv:2405.12981). A
+            cache is smaller by as much.
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
@@ -59,6 +64,7 @@ class Transformer(ReadWriteBlock):
         mask: str = "causal",
         pattern: Sequence[str] | Mapping[str, int | None] | None = None,
         depth_scaled_init: bool = False,
+        kv_every: int = 1,
         **ports: Any,
     ) -> None:
         super().__init__(**ports)
@@ -80,6 +86,8 @@ class Transformer(ReadWriteBlock):
         if not self.router_loads.routers and any(port in self.writes for port in ROUTING):
             raise UserError("Transformer: `writes` names what routers did, but no layer has experts (mlp: l3m_like.layers.MoE).")
         mixers = [unit.mixer for unit in units]
+        self.kv_every = kv_every
+        _share_kv(units, kv_every)
         for branch in (branch for unit in units if depth_scaled_init for branch in (unit.mixer, unit.mlp)):
             drawn = getattr(branch, "weight_init", None)
             if not isinstance(drawn, Normal) or not hasattr(branch, "out_init"):
@@ -124,22 +132,29 @@ class Transformer(ReadWriteBlock):
         if self.streams > 1:
             tokens = torch.stack([tokens] * self.streams)
         routings = []
+        kv = None
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
-            arguments = tokens, rope, masks.of(layer), layer_cache
-            if getattr(layer, "routes", False):
-                tokens, routing = layer(*arguments, valid)
-                routings.append(routing)
-            else:
-                tokens = layer(*arguments)
+            arguments = [tokens, rope, masks.of(layer), layer_cache]
+            routes, shares = getattr(layer, "routes", False), self.kv_every > 1
+            if routes or shares:
+                arguments.append(valid)
+            if shares and index % self.kv_every:
+                arguments.append(kv)
+            out = layer(*arguments)
+            tokens, *more = out if isinstance(out, tuple) else (out,)
+            if routes:
+                routings.append(more.pop(0))
+            if more:
+                (kv,) = more
         if cache is not None:
             cache.end(entered)
-        out = {"hidden": tokens if self.streams == 1 else tokens[0]}
+        written = {"hidden": tokens if self.streams == 1 else tokens[0]}
         if routings:
-            out |= zip(ROUTING, (torch.stack(values) for values in zip(*routings, strict=True)), strict=True)
+            written |= zip(ROUTING, (torch.stack(values) for values in zip(*routings, strict=True)), strict=True)
             if self.training and torch.is_grad_enabled():
-                self.router_loads.add(out["router_load"])
-        return {port: out[port] for port in outputs} if outputs else out["hidden"]
+                self.router_loads.add(written["router_load"])
+        return {port: written[port] for port in outputs} if outputs else written["hidden"]
 
     def after_step(self, mesh: Any) -> None:
         self.router_loads.step(mesh.sum)
@@ -179,6 +194,25 @@ class Transformer(ReadWriteBlock):
             for window in {getattr(unit.mixer, "window", None) for unit in units}
         }
         return sum(unit.flops(batch * length, pairs[getattr(unit.mixer, "window", None)]) for unit in units)
+
+
+def _share_kv(units: Sequence[Any], kv_every: int) -> None:
+    """Take keys and values from all mixers but every ``kv_every``-th."""
+    if kv_every < 1:
+        raise UserError(f"Transformer: kv_every is {kv_every}; 1: every layer has keys and values, 2: every second, ...")
+    for index, unit in enumerate(units if kv_every > 1 else ()):
+        if not (isinstance(unit, TransformerLayer) and isinstance(unit.mixer, Attention)):
+            kind = f"{type(unit).__name__} of {type(unit.mixer).__name__}"
+            raise UserError(f"Transformer: kv_every is {kv_every}; that is built for TransformerLayers of Attention, not {kind}.")
+        giver = units[index - index % kv_every].mixer
+        if (unit.mixer.num_kv_heads, unit.mixer.head_dim) != (giver.num_kv_heads, giver.head_dim):
+            raise UserError(
+                f"Transformer: kv_every is {kv_every}, but layer {index} has other key heads (num_kv_heads, head_dim) than the "
+                "layer below whose keys and values it would use; make them equal."
+            )
+        if index % kv_every:
+            unit.mixer.take_kv()
+            giver.gives_kv = True
 
 
 def _layer_makers(

@@ -1,0 +1,56 @@
+"""Classes of transformers that ``HFModel`` wraps: their parameters have the published names already."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from l3m_like.blocks.hf_model import HFModel, TiedHead
+from l3m_like.core.errors import UserError
+from l3m_like.core.meta_model import walk
+from l3m_like.pretrained.families import Family
+
+#: fields of ``config.json`` in which a folder and the model may differ: they change no output of given weights
+_FREE = re.compile(r"use_cache|initializer_range|max_position_embeddings|\w+_token_id|\w*(dropout|pdrop)\w*")
+
+
+def wrapped_family(model: nn.Module) -> Family | None:
+    """The family of the class that ``model`` wraps, with the names as they are; None: it wraps none.
+
+    Raises:
+        UserError: it wraps several.
+    """
+    found = [(path, block) for path, block in walk(model) if isinstance(block, HFModel)]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise UserError(f"the model has {len(found)} HFModels ({', '.join(path for path, _ in found)}); a folder holds one.")
+    path, block = found[0]
+    ours = _fields(block.hf_config)
+    free = {name: value for name, value in ours.items() if _FREE.fullmatch(name)}
+    tied = [name for name, module in block.model.named_modules() if isinstance(module, TiedHead)]
+
+    def normal(config: Mapping[str, Any]) -> dict[str, Any]:
+        return _fields(type(block.hf_config).from_dict(dict(config))) | free
+
+    return Family(
+        model_type=block.hf_config.model_type,
+        architecture=type(block.model).__name__,
+        names={f"{path}.model.{name}": name for name, _ in block.model.named_parameters()},
+        describe=lambda model: ours,
+        normal=normal,
+        knobs={name: f"model.{path}.config.{name}" for name in ours},
+        ignored=tuple(re.escape(f"{name}.weight") for name in tied),
+    )
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """The fields of ``config.json`` that are the class's own, those with default values too."""
+    from transformers import PreTrainedConfig
+
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in fields.items() if name not in PreTrainedConfig().to_dict()}
