@@ -6,6 +6,9 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "evaluation": ["Evaluation", "Findings"],
+        "extractors": ["EfficientNetLite0", "Inception"],
+        "reconstruction_quality": ["ReconstructionQuality"],
         "sample_grid": ["SampleGrid"],
+        "sample_quality": ["SampleQuality"],
     },
 )
