@@ -28,7 +28,8 @@ class Findings:
 
 
 class Evaluation(Protocol):
-    """Called by training at its ``every`` and at the end. An entry with ``data`` gets the dataset as the argument ``data``.
+    """Called by training at its ``every`` and at the end. An entry with ``data`` gets the dataset as the argument ``data``; one
+    that takes a ``sampler`` (default None) gets that of the run, unless its entry gives another.
 
     It may also define ``check(model)``, called before training with the model as it is built: it raises a UserError where the
     model or a file does not fit.

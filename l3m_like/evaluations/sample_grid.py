@@ -20,14 +20,14 @@ class SampleGrid:
     """Samples of the run's own sampler as one picture: the same noise at every step, so that pictures can be compared.
 
     Args:
-        sampler: of images, usually ``${sample}``.
+        sampler: of images (None: that of the run).
         settings: of the sampler, where they differ: ``{num_samples: 20}``.
 
     Raises:
-        UserError: a setting that the sampler has not; samples that are no pictures.
+        UserError: no sampler, or a setting that it has not; samples that are no pictures.
     """
 
-    def __init__(self, sampler: Sampler, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, sampler: Sampler | None = None, settings: Mapping[str, Any] | None = None) -> None:
         self.sampler = changed(sampler, settings or {})
 
     def check(self, model: nn.Module) -> None:
@@ -42,6 +42,8 @@ class SampleGrid:
 
 def changed(sampler: Any, settings: Mapping[str, Any]) -> Any:
     """The sampler with some of its settings replaced."""
+    if sampler is None:
+        raise UserError("sampler: the run has none. Give it a `sample` section.")
     if not dataclasses.is_dataclass(sampler) or isinstance(sampler, type):
         if settings:
             raise UserError(f"settings: {type(sampler).__name__} is no dataclass; give the whole sampler instead.")

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from l3m_like.core.errors import UserError
 from l3m_like.data.dataset import Dataset
-from l3m_like.data.loader import EvalLoader
 from l3m_like.distributed.mesh import Mesh
 from l3m_like.evaluations.evaluation import Findings
 from l3m_like.evaluations.extractors import Extractor, Features
 from l3m_like.evaluations.image_sets import Statistics, compare
+from l3m_like.evaluations.pictures import Batches, of_dataset
 from l3m_like.evaluations.sample_grid import changed, check_sampler
-
-#: (running numbers, images [B, C, H, W] in [-1, 1], do they count), as often on every rank
-Batches = Iterable[tuple[Sequence[int], Tensor, bool]]
 
 
 class SampleQuality:
@@ -29,9 +26,9 @@ class SampleQuality:
     larger. The statistics of the real pictures are computed once.
 
     Args:
-        sampler: of images in [-1, 1], usually ``${sample}``.
         data: the real pictures, ``image`` in [-1, 1].
         extractor: of features.
+        sampler: of images in [-1, 1] (None: that of the run).
         settings: of the sampler, where they differ: ``{num_samples: 10000, guidance: 1.0}``.
         metrics: any of ``image_sets.METRICS``.
         real: how many of the real pictures (None: all).
@@ -45,9 +42,9 @@ class SampleQuality:
 
     def __init__(
         self,
-        sampler: Any,
         data: Dataset,
         extractor: Extractor,
+        sampler: Any = None,
         settings: Mapping[str, Any] | None = None,
         metrics: Sequence[str] = ("fid", "sfid", "inception_score", "precision", "recall"),
         real: int | None = None,
@@ -69,30 +66,13 @@ class SampleQuality:
 
     def evaluate(self, model: nn.Module, *, mesh: Mesh, step: int, seed: int, folder: Path) -> Findings:
         if self._real is None:
-            pictures = dataset_images(self.data, self.batch, mesh, limit=self.limit)
-            self._real = collect_statistics(pictures, self.extractor, Statistics(self.metrics), mesh)
+            pictures = of_dataset(self.data, self.batch, mesh, self.limit)
+            self._real = collect_statistics(pictures.batches, self.extractor, Statistics(self.metrics), mesh)
         made = Statistics(self.metrics, self.sampler.num_samples, self.splits)
         made = collect_statistics(self.sampler.chunks(model, mesh), self.extractor, made, mesh)
         values = compare(self._real, made, self.metrics, self.neighbours, mesh)
         pictures_said = f"{made.count} generated, {self._real.count} real"
         return Findings(values, notes={"extractor": self.extractor.name, "pictures": pictures_said})
-
-
-def dataset_images(data: Dataset, batch: int, mesh: Mesh, key: str = "image", limit: int | None = None) -> Iterator[Any]:
-    """This rank's pictures of a dataset, for ``collect_statistics``; the first ``limit`` of them."""
-    keys = data.keys()
-    if key not in keys:
-        raise UserError(f"the dataset has no '{key}' to compare with; it has {', '.join(keys)}.")
-    for number, (rows, valid) in enumerate(EvalLoader(data, batch=batch, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)):
-        first = (number * mesh.dp_size) * batch  # the first row of this round over the ranks
-        if limit is not None and first >= limit:
-            return
-        left = len(rows[key]) if limit is None else max(0, min(len(rows[key]), limit - int(rows["row"][0])))
-        images = rows[key].to(mesh.device)
-        if valid and left:
-            yield rows["row"][:left].tolist(), images[:left], True
-        else:
-            yield [0], images[:1], False
 
 
 def collect_statistics(batches: Batches, extractor: Extractor, into: Statistics, mesh: Mesh) -> Statistics:

@@ -40,8 +40,10 @@ class Evaluations:
             if evaluation.data is not None:
                 self.datasets[name] = cfg.instantiate(f"evals.{name}.data")
             if evaluation.run is not None:
-                data = {"data": self.datasets[name]} if evaluation.data is not None else {}
-                self.objects[name] = cfg.instantiate(f"evals.{name}.run", **data)
+                supplied = {"data": self.datasets[name]} if evaluation.data is not None else {}
+                if "sampler" in evaluation.run and evaluation.run["sampler"] is None and cfg.sample is not None:
+                    supplied["sampler"] = cfg.instantiate("sample")
+                self.objects[name] = cfg.instantiate(f"evals.{name}.run", **supplied)
                 continue
             own = cfg.instantiate(f"evals.{name}.loss") if evaluation.loss is not None else losses
             wiring = check_wiring([Program(f"evals.{name}", self.parts, own)], self.datasets[name].keys(), cfg.keep)

@@ -199,7 +199,7 @@ def quality_on(run: Any, axes: dict[str, int], batch: int) -> dict[str, float]:
     loaded = load(run, mesh=mesh)
     data = loaded.config.instantiate("evals.heldout.data")
     sampler = FlowODE((1, 8, 8), 10, steps=2, guidance=2.0, num_samples=23, batch=batch)
-    quality = SampleQuality(sampler, data, Corners(), real=41, batch=batch, splits=2)
+    quality = SampleQuality(data, Corners(), sampler, real=41, batch=batch, splits=2)
     found = quality.evaluate(loaded.model, mesh=mesh, step=0, seed=0, folder=run)
     assert found.notes == {"extractor": "corners", "pictures": "23 generated, 41 real"}
     again = quality.evaluate(loaded.model, mesh=mesh, step=0, seed=0, folder=run)

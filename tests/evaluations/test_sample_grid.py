@@ -134,7 +134,7 @@ def test_what_an_object_is_given(tmp_path) -> None:
         ("evals.samples.run=null", "data must be given"),
         ("+evals.samples.samples=8", "samples belongs to evaluations without `run`"),
         ("evals.samples.run.settings={num_sample: 3}", "Did you mean 'num_samples'"),
-        ("sample=null", "evals.samples.run"),
+        ("sample=null", "Give it a `sample` section"),
         ("sample.stream=video", "video_noised"),
     ],
 )
