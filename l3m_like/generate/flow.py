@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,18 +139,28 @@ class FlowSampler:
     def run(self, model: nn.Module, *, process: Any = None, mesh: Mesh | None = None) -> Images:
         """Sample from ``model`` as it is now; see ``Sampler.run``. ``process`` is not needed."""
         found: dict[int, Tensor] = {}
-        with sampling(model) as graph:
-            self.check(graph)
-            for rows, count in deal(self.num_samples, self.batch, mesh):
-                row = torch.tensor(rows, device=graph.device)
-                labels = torch.tensor([self._label(number) for number in rows], device=graph.device)
-                # the state stays in float32 under a bf16 model: it sums many small steps
-                noise = self.noise(row, torch.promote_types(graph.dtype, torch.float32))
-                images = self.integrate(self.predict(graph, labels), noise, row, mesh).cpu()
-                found |= dict(zip(rows, images, strict=True)) if count else {}
+        for rows, images, count in self.chunks(model, mesh):
+            found |= dict(zip(rows, images.cpu(), strict=True)) if count else {}
         assert self.labels is not None
         every = torch.tensor([self._label(row) for row in range(self.num_samples)])
         return Images(torch.stack(collect(found, mesh)), every, columns=min(len(self.labels), self.num_samples, 10))
+
+    def chunks(self, model: nn.Module, mesh: Mesh | None = None) -> Iterator[tuple[list[int], Tensor, bool]]:
+        """This rank's samples as they are made: (their numbers, images [B, C, H, W] on the device, do they count).
+
+        For more of them than fit into memory. Every rank yields as often; the images of a rank that has no more do not count.
+        """
+        with sampling(model) as graph:
+            self.check(graph)
+            share = -(-self.num_samples // (mesh.dp_size if mesh is not None else 1))
+            for rows, count in deal(self.num_samples, self.batch, mesh):
+                # the last chunk is filled up, so that all have one shape and a compiled model has one graph
+                full = rows + rows[-1:] * (min(self.batch, share) - len(rows))
+                row = torch.tensor(full, device=graph.device)
+                labels = torch.tensor([self._label(number) for number in full], device=graph.device)
+                # the state stays in float32 under a bf16 model: it sums many small steps
+                noise = self.noise(row, torch.promote_types(graph.dtype, torch.float32))
+                yield rows, self.integrate(self.predict(graph, labels), noise, row, mesh)[: len(rows)], count
 
     def check(self, graph: Inference) -> None:
         """Raise a UserError unless the model reads what this sampler supplies and writes what it takes."""

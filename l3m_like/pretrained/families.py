@@ -17,7 +17,7 @@ from l3m_like.pretrained.name_map import Templates
 MODULES = {
     name: f"l3m_like.pretrained.{name}"
     for name in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt2", "falcon", "llada")
-}
+} | {"DiTTransformer2DModel": "l3m_like.pretrained.dit", "sit": "l3m_like.pretrained.sit"}
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,31 @@ class Family:
 
     Attributes:
         model_type, architecture: of ``config.json``.
-        names: where each tensor lies.
+        names: where each tensor lies; a function of the model where that depends on its sizes.
         describe: ``describe(model)``: the fields of ``config.json`` that follow from a built model (nested as they are there).
             Raises UserError for a model that is not of this family, naming the setting.
         normal: a ``config.json`` of any age as ``describe`` would write it: old spellings renamed, absent fields filled in.
         knobs: ``{field: the knob of the shipped configs that sets it}``, dots for nested fields; for messages.
         ignored: patterns (regular expressions) of tensors in published files that nobody needs.
+        diffusers: its folders are written as diffusers names their files.
     """
 
     model_type: str
     architecture: str
-    names: Templates
+    names: Templates | Callable[[nn.Module], Templates]
     describe: Callable[[nn.Module], dict[str, Any]]
     normal: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     knobs: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    diffusers: bool = False
+
+    def templates(self, model: nn.Module) -> Templates:
+        """``names`` of ``model``.
+
+        Raises:
+            UserError: the model is none of this family.
+        """
+        return self.names(model) if callable(self.names) else self.names
 
     def ignores(self, name: str) -> bool:
         """Is ``name`` of a published file one that nobody needs?"""

@@ -1,10 +1,13 @@
-"""Hugging Face folders: ``config.json`` and safetensors files, of which regions of single tensors are read and written."""
+"""Published weights: Hugging Face folders (``config.json`` and safetensors files, of which regions of single tensors are read and
+written), and single files of ``torch.save``."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
+import pickle
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +24,11 @@ from l3m_like.core.errors import UserError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+#: how diffusers calls them
+DIFFUSERS_SINGLE = "diffusion_pytorch_model.safetensors"
+DIFFUSERS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+#: of a single file
+STATE_FILES = (".pt", ".pth", ".bin")
 #: what a folder holds beside weights and config.json, as the tokenizers of transformers and its generation read it
 SMALL_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -51,7 +59,8 @@ class Folder:
     """A Hugging Face folder. Making one reads the files' headers; ``read`` maps the bytes that it needs, and copies no others.
 
     Args:
-        path: with ``config.json``, and ``model.safetensors`` or the files that ``model.safetensors.index.json`` names.
+        path: with ``config.json``, and ``model.safetensors`` or the files that ``model.safetensors.index.json`` names (or the
+            same as diffusers names them).
 
     Raises:
         UserError: a file is missing, cut short or damaged; weights that are quantised, or no safetensors.
@@ -62,11 +71,13 @@ class Folder:
         self.config: dict[str, Any] = _json(path / CONFIG)
         if "quantization_config" in self.config:
             raise UserError(f"{path} holds quantised weights (quantization_config in its {CONFIG}). Give the unquantised model.")
-        if (path / INDEX).is_file():
-            placed: dict[str, str] = _json(path / INDEX)["weight_map"]
+        index = next((path / name for name in (INDEX, DIFFUSERS_INDEX) if (path / name).is_file()), None)
+        single = next((name for name in (SINGLE, DIFFUSERS_SINGLE) if (path / name).is_file()), None)
+        if index is not None:
+            placed: dict[str, str] = _json(index)["weight_map"]
             files = sorted(set(placed.values()))
-        elif (path / SINGLE).is_file():
-            placed, files = {}, [SINGLE]
+        elif single is not None:
+            placed, files = {}, [single]
         else:
             raise UserError(
                 f"{path} holds neither {SINGLE} nor {INDEX}. Other formats are not read: convert them (save_pretrained of "
@@ -77,7 +88,7 @@ class Folder:
             self.tensors |= _header(path / file)
         for name, file in placed.items():
             if name not in self.tensors or self.tensors[name].file != file:
-                raise UserError(f"{path / INDEX} says that '{name}' is in {file}, which does not hold it. Download it again.")
+                raise UserError(f"{index} says that '{name}' is in {file}, which does not hold it. Download it again.")
         self._open: dict[str, Any] = {}
 
     @property
@@ -87,9 +98,10 @@ class Folder:
         Raises:
             UserError: it names none.
         """
-        if "model_type" not in self.config:
+        found = self.config.get("model_type", self.config.get("_class_name"))  # the second is diffusers'
+        if found is None:
             raise UserError(f"{self.path / CONFIG} has no model_type.")
-        return self.config["model_type"]
+        return found
 
     def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
         """A region of the tensor ``name``, on the CPU, in the dtype of the file."""
@@ -102,8 +114,44 @@ class Folder:
             raise UserError(f"{self.path / file} cannot be read: {error}. Download it again.") from error
 
 
+class StateFile(Folder):
+    """One file of ``torch.save``: a state dict, or a dict with one under ``ema`` (which is taken) or ``model``, and the
+    ``args`` of its training. Nothing but tensors, containers and an ``argparse.Namespace`` is unpickled.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        args = content.get("args", {}) if isinstance(content, dict) else {}
+        state = next((content[key] for key in ("ema", "model") if isinstance(content.get(key), dict)), content)
+        if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise UserError(f"{path} holds no state dict, neither by itself nor under 'ema' or 'model'.")
+        self._state: dict[str, Tensor] = state
+        self.config = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
+        self.tensors = {name: Stored(path.name, value.dtype, tuple(value.shape)) for name, value in state.items()}
+
+    @property
+    def model_type(self) -> str:
+        if {"x_embedder.proj.weight", "final_layer.linear.weight"} <= set(self._state):
+            return "sit"
+        raise UserError(f"{self.path} is of no kind that is known by its names. Name it: init.family.")
+
+    def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
+        return self._state[name][region]
+
+
 def find_folder(where: str, setting: str, *, download: bool = True) -> Folder | None:
-    """The Hugging Face folder ``where``, or of the hub's model ``owner/name``; None: a folder that is none (a run's).
+    """The Hugging Face folder or state file ``where``, or the hub's model ``owner/name``; None: a folder that is none (a run's).
 
     Args:
         download: a model that is not in the hub's cache is fetched.
@@ -113,6 +161,10 @@ def find_folder(where: str, setting: str, *, download: bool = True) -> Folder | 
         UserError: see ``Folder``.
     """
     path = Path(where).expanduser()
+    if path.suffix in STATE_FILES:
+        if not path.is_file():
+            raise FolderMissing(f"{setting} = {where}: there is no such file.")
+        return StateFile(path)
     if path.is_dir():
         return Folder(path) if (path / CONFIG).is_file() else None
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", where) and not path.parent.is_dir():
@@ -175,7 +227,7 @@ def _header(path: Path) -> dict[str, Stored]:
 # ---- writing -----------------------------------------------------------------------------------------------------------------
 
 
-def plan_files(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
+def plan_files(sizes: Mapping[str, int], most: int, stem: str = "model") -> dict[str, list[str]]:
     """``{file: its tensors}``, as transformers deals them: in their order, a new file where ``most`` bytes would be exceeded; a
     tensor that exceeds them alone gets a file of its own.
 
@@ -197,12 +249,16 @@ def plan_files(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
     if here:
         files.append(here)
     if len(files) == 1:
-        return {SINGLE: files[0]}
-    return {f"model-{at:05d}-of-{len(files):05d}.safetensors": names for at, names in enumerate(files, 1)}
+        return {f"{stem}.safetensors": files[0]}
+    return {f"{stem}-{at:05d}-of-{len(files):05d}.safetensors": names for at, names in enumerate(files, 1)}
 
 
 def write_folder(
-    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], make: Callable[[str], Tensor], most: int
+    path: Path,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    make: Callable[[str], Tensor],
+    most: int,
+    stem: str = "model",
 ) -> None:
     """Write the weights of a folder, one tensor in memory at a time.
 
@@ -210,15 +266,16 @@ def write_folder(
         tensors: dtype and shape of every one.
         make: ``make(name)``: its values, on the CPU.
         most: bytes of a file.
+        stem: of the files' names.
     """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
-    files = plan_files(sizes, most)
+    files = plan_files(sizes, most, stem)
     for file, names in files.items():
         _write_file(path / file, {name: tensors[name] for name in names}, make)
     if len(files) > 1:
         total = {"total_parameters": sum(math.prod(shape) for _, shape in tensors.values()), "total_size": sum(sizes.values())}
         placed = {name: file for file, names in files.items() for name in names}
-        write_json(path / INDEX, {"metadata": total, "weight_map": dict(sorted(placed.items()))})
+        write_json(path / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": dict(sorted(placed.items()))})
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

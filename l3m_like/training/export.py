@@ -80,11 +80,12 @@ def export(
     }
     config = _config(cfg, model, of, source, next(iter(layout.values()))[0])
     out.mkdir(parents=True, exist_ok=True)
-    write_folder(out, layout, lambda name: export_tensor(names, names.copies.get(name, name), tensors), most)
+    stem = "diffusion_pytorch_model" if of.diffusers else "model"
+    write_folder(out, layout, lambda name: export_tensor(names, names.copies.get(name, name), tensors), most, stem)
     if source is not None:
         for path in small_files(source.path):
             shutil.copyfile(path, out / path.name)
-    else:
+    elif not of.diffusers:
         notes += _write_tokenizer(cfg, out, config)
     write_json(out / CONFIG, config)  # last: without it the folder is none
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -175,7 +176,7 @@ def _names(of: Family, model: MetaModel, whole: WholeTensors) -> NameMap:
     Raises:
         UserError: anything else that the checkpoint holds of the model would be lost.
     """
-    names = NameMap.of(of.names, model, strict=False)
+    names = NameMap.of(of.templates(model), model, strict=False)
     frozen = tuple(f"{path}." for path in frozen_parts(model))
     held = [key.removeprefix("model/") for key in whole.index if key.startswith("model/")]
     kept = {*names.pieces, *adapter_names(model)}  # adapters are merged
@@ -207,6 +208,8 @@ def _dtype(name: str, saved: tuple[torch.dtype, bool], asked: torch.dtype | None
 def _config(cfg: RunConfig, model: MetaModel, of: Family, source: Folder | None, dtype: torch.dtype) -> dict[str, Any]:
     """``config.json``: what follows from the model, and the rest as the folder had it that the run began from."""
     ours = of.describe(model)
+    if of.diffusers:
+        return {"_class_name": of.architecture, **ours}
     name = str(dtype).removeprefix("torch.")
     if source is not None and source.model_type == of.model_type:
         there = of.normal(source.config)

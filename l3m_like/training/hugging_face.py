@@ -15,7 +15,7 @@ from l3m_like.core.meta_model import Frozen, Tower
 from l3m_like.distributed.gradients import local
 from l3m_like.distributed.owners import shard_bounds
 from l3m_like.pretrained.families import Family
-from l3m_like.pretrained.folder import Folder
+from l3m_like.pretrained.folder import Folder, StateFile
 from l3m_like.pretrained.name_map import Bounds, NameMap
 
 #: elements that are read at a time: what a rank holds besides the model
@@ -69,7 +69,7 @@ def fit(model: nn.Module, folder: Folder, family: Family, setting: str, *, stric
     wrong = _config_differences(model, folder, family)
     if wrong and strict:
         raise UserError(f"{setting} = {folder.path}: its config.json and the model differ:{_listed(wrong)}")
-    names = NameMap.of(family.names, model, strict=False, without=without)
+    names = NameMap.of(family.templates(model), model, strict=False, without=without)
     wrong_tensors = [f"'{name}' has no place in the name map of {family.model_type}{_own(model, name)}." for name in names.left]
     here = []
     for name, pieces in names.pieces.items():
@@ -117,6 +117,8 @@ def _config_differences(model: nn.Module, folder: Folder, family: Family) -> lis
     except UserError as error:
         return [f"model_type is {family.model_type} there, but the model is another: {error}"]
     theirs = _flat(family.normal(folder.config))
+    if isinstance(folder, StateFile) and not theirs:
+        return []  # it says nothing but its tensors
     lines = []
     for name, value in ours.items():
         if name not in theirs or theirs[name] != value:

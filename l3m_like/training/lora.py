@@ -58,7 +58,7 @@ def load_adapters(model: nn.Module, settings: Lora | None) -> None:
     """
     if settings is None or settings.from_ is None:
         return
-    names = NameMap.of(family_of(model).names, model, strict=False)
+    names = NameMap.of(family_of(model).templates(model), model, strict=False)
     state, theirs = import_peft(settings.from_, layer_paths(names))
     for name in ("rank", "alpha", "rank_stabilized"):
         if theirs[name] != getattr(settings, name):

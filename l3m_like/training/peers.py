@@ -31,8 +31,9 @@ from l3m_like.layers.mlp import ACTIVATIONS
 from l3m_like.layers.patch_embed import sincos_positions, unpatchify
 from l3m_like.losses import FlowMatching, TokenNLL
 from l3m_like.pretrained.decoder import NAMES
-from l3m_like.pretrained.dit import diffusers_names, sit_names
+from l3m_like.pretrained.dit import diffusers_names
 from l3m_like.pretrained.name_map import Templates
+from l3m_like.pretrained.sit import sit_names
 from l3m_like.pretrained.torchvision_ops import allow_torchvision
 from l3m_like.training.train import Plan
 

@@ -15,7 +15,8 @@ from l3m_like.blocks import DiT, PatchDecode, PatchEmbed, TimeLabelEmbed
 from l3m_like.core import MetaModel
 from l3m_like.layers import MLP, Attention, DiTLayer
 from l3m_like.pretrained import NameMap, export_state, import_state
-from l3m_like.pretrained.dit import diffusers_names, sit_names
+from l3m_like.pretrained.dit import diffusers_names
+from l3m_like.pretrained.sit import sit_names
 
 CLASSES, DIM, LAYERS, HEADS, SIZE, PATCH, CHANNELS = 10, 48, 2, 4, 8, 2, 4
 MAP = {"channels": CHANNELS, "patch": PATCH}

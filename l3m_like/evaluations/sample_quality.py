@@ -1,0 +1,90 @@
+"""How well the model's samples match real pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from l3m_like.core.errors import UserError
+from l3m_like.data.dataset import Dataset
+from l3m_like.distributed.mesh import Mesh
+from l3m_like.evaluations.evaluation import Findings
+from l3m_like.evaluations.extractors import Extractor, Features
+from l3m_like.evaluations.image_sets import Statistics, compare
+from l3m_like.evaluations.pictures import Batches, of_dataset
+from l3m_like.evaluations.sample_grid import changed, check_sampler
+
+
+class SampleQuality:
+    """FID, sFID, inception score, precision and recall of the run's samples against the pictures of ``data``.
+
+    Published FIDs are of 50,000 samples against the training set, with the ``Inception`` extractor; the FID of fewer samples is
+    larger. The statistics of the real pictures are computed once.
+
+    Args:
+        data: the real pictures, ``image`` in [-1, 1].
+        extractor: of features.
+        sampler: of images in [-1, 1] (None: that of the run).
+        settings: of the sampler, where they differ: ``{num_samples: 10000, guidance: 1.0}``.
+        metrics: any of ``image_sets.METRICS``.
+        real: how many of the real pictures (None: all).
+        neighbours: of precision and recall.
+        splits: of the inception score.
+        batch: real pictures at a time.
+
+    Raises:
+        UserError: a metric or setting that there is not; a sampler of something else.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        extractor: Extractor,
+        sampler: Any = None,
+        settings: Mapping[str, Any] | None = None,
+        metrics: Sequence[str] = ("fid", "sfid", "inception_score", "precision", "recall"),
+        real: int | None = None,
+        neighbours: int = 3,
+        splits: int = 10,
+        batch: int = 64,
+    ) -> None:
+        self.sampler = changed(sampler, settings or {})
+        if not hasattr(self.sampler, "chunks"):
+            raise UserError(f"SampleQuality: {type(self.sampler).__name__} is no sampler of images (FlowODE, FlowSDE).")
+        self.data, self.extractor, self.metrics = data, extractor, tuple(metrics)
+        self.limit, self.neighbours, self.splits, self.batch = real, neighbours, splits, batch
+        self._real: Statistics | None = None
+        Statistics(self.metrics)
+
+    def check(self, model: nn.Module) -> None:
+        check_sampler(self.sampler, model)
+        self.extractor.check()
+
+    def evaluate(self, model: nn.Module, *, mesh: Mesh, step: int, seed: int, folder: Path) -> Findings:
+        if self._real is None:
+            pictures = of_dataset(self.data, self.batch, mesh, self.limit)
+            self._real = collect_statistics(pictures.batches, self.extractor, Statistics(self.metrics), mesh)
+        made = Statistics(self.metrics, self.sampler.num_samples, self.splits)
+        made = collect_statistics(self.sampler.chunks(model, mesh), self.extractor, made, mesh)
+        values = compare(self._real, made, self.metrics, self.neighbours, mesh)
+        pictures_said = f"{made.count} generated, {self._real.count} real"
+        return Findings(values, notes={"extractor": self.extractor.name, "pictures": pictures_said})
+
+
+def collect_statistics(batches: Batches, extractor: Extractor, into: Statistics, mesh: Mesh) -> Statistics:
+    """Features of this rank's pictures into ``into``, merged over all ranks."""
+    like: Features | None = None
+    with torch.no_grad():
+        for rows, images, counts in batches:
+            features = extractor(images)
+            like = features
+            if counts:
+                into.add(features, rows)
+    if like is None:
+        raise UserError("there are no pictures to compare.")
+    into.merge(mesh, like)
+    return into

@@ -1,0 +1,239 @@
+"""Metrics of sets of pictures against direct formulas and other libraries; equal for every batch and number of processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from l3m_like.core.errors import UserError
+from l3m_like.distributed.mesh import build_mesh
+from l3m_like.evaluations import EfficientNetLite0, Inception, SampleQuality
+from l3m_like.evaluations.extractors import Features, resize, to_pixels
+from l3m_like.evaluations.image_sets import InceptionScore, Moments, Statistics, compare, frechet_distance, precision_recall
+from l3m_like.evaluations.sample_quality import collect_statistics
+from l3m_like.generate import FlowODE
+from l3m_like.layers.inception import InceptionV3
+from l3m_like.pretrained.torchvision_ops import allow_torchvision
+from tests.distributed.pool import run as on_ranks
+
+ONE = SimpleNamespace(dp_size=1, dp_rank=0, speaks_for_rows=True, sum=lambda values: values, device=torch.device("cpu"))
+
+
+def rows_of(count: int, width: int, seed: int = 0, mean: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    return torch.randn(count, width, generator=generator, dtype=torch.float64) @ mixing + mean
+
+
+def moments_of(rows: Tensor, batch: int = 1000) -> Moments:
+    moments = Moments()
+    for part in rows.split(batch):
+        moments.add(part)
+    return moments
+
+
+@pytest.mark.parametrize("count", [200, 12], ids=["full rank", "singular"])
+def test_frechet_distance_by_scipy(count) -> None:
+    x, y = rows_of(count, 20), rows_of(count + 30, 20, seed=1, mean=0.3)
+    cov_x, cov_y = np.cov(x.numpy().T), np.cov(y.numpy().T)
+    root = scipy.linalg.sqrtm(cov_x @ cov_y)
+    expected = float((x.mean(0) - y.mean(0)).square().sum()) + np.trace(cov_x + cov_y - 2 * np.real(root))
+    found = frechet_distance(moments_of(x, 7), moments_of(y, 3))
+    # the root of a singular product is exact to the root of the rounding error only
+    assert found == pytest.approx(expected, rel=1e-10 if count == 200 else 1e-5)
+    assert frechet_distance(moments_of(x), moments_of(x)) == pytest.approx(0, abs=1e-6 * float(cov_x.trace()))
+    with pytest.raises(UserError, match="at least 2"):
+        frechet_distance(moments_of(x[:1]), moments_of(x))
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    """Of two lines of points with known mean and variance: (m1 - m2)^2 + (s1 - s2)^2."""
+    x = torch.linspace(-1, 1, 101, dtype=torch.float64)[:, None]
+    assert frechet_distance(moments_of(x), moments_of(3 * x + 2)) == pytest.approx(4 + 4 * float(x.var()), rel=1e-12)
+
+
+def test_precision_and_recall_by_brute_force() -> None:
+    real, made = rows_of(40, 5), rows_of(30, 5, seed=1, mean=0.5)
+
+    def share(points: Tensor, manifold: Tensor) -> float:
+        inside = 0
+        for point in points:
+            for centre in manifold:
+                reach = sorted(float((centre - other).norm()) for other in manifold)[3]  # itself is the first
+                if float((point - centre).norm()) <= reach:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    assert precision_recall(real, made, 3, ONE) == (share(made, real), share(real, made))
+    assert precision_recall(real, real, 3, ONE) == (1.0, 1.0)
+    assert precision_recall(real, real + 1000, 3, ONE) == (0.0, 0.0)
+    half = torch.cat((real[:20], real[:20] + 1000))  # half of the pictures are real ones
+    assert precision_recall(real, half, 3, ONE)[0] == 0.5
+    with pytest.raises(UserError, match="more pictures than 3"):
+        precision_recall(real, made[:3], 3, ONE)
+
+
+def test_inception_score_by_its_formula() -> None:
+    logits = rows_of(30, 6).float()
+    score = InceptionScore(30, 3)
+    for start in range(0, 30, 7):
+        score.add(logits[start : start + 7], torch.arange(start, min(start + 7, 30)))
+    p = logits.double().softmax(-1)
+    parts = [part * (part / part.mean(0)).log() for part in p.split(10)]
+    assert score.result() == pytest.approx(float(np.mean([part.sum(1).mean().exp() for part in parts])), rel=1e-10)
+    sure = InceptionScore(6, 1)
+    sure.add(100 * torch.eye(6), torch.arange(6))
+    assert sure.result() == pytest.approx(6, rel=1e-10)  # the most that six classes give
+
+
+def test_resize_is_that_of_pil() -> None:
+    pixels = (torch.rand(1, 2, 40, 40, generator=torch.Generator().manual_seed(0)) * 255).round()
+    for size in (17, 90):
+        found = resize(pixels, size)
+        for channel in range(2):
+            picture = Image.fromarray(pixels[0, channel].numpy()).resize((size, size), Image.Resampling.BICUBIC)
+            assert np.abs(found[0, channel].numpy() - np.asarray(picture).clip(0, 255)).max() < 2e-3
+    assert to_pixels(torch.tensor([-2.0, -1, 0, 1, 2])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_inception_is_the_network_of_fid(monkeypatch) -> None:
+    """torchvision's network, with the three known differences of the one that FID uses."""
+    allow_torchvision()
+    from torchvision.models import inception as theirs
+
+    def pool_of_c(x: Tensor, **kwargs: Any) -> Tensor:
+        return F.avg_pool2d(x, **kwargs, count_include_pad=False)
+
+    monkeypatch.setattr(theirs, "F", SimpleNamespace(**(vars(F) | {"avg_pool2d": pool_of_c})))
+    torch.manual_seed(0)
+    reference = theirs.inception_v3(num_classes=1008, aux_logits=False, init_weights=False, weights=None).eval()
+    for module in reference.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.9, 1.1)
+    ours = InceptionV3().eval()
+    ours.load_state_dict(reference.state_dict())  # the published names
+    cells: list[Tensor] = []
+    reference.Mixed_6d.register_forward_hook(lambda module, args, out: cells.append(out))
+    last = reference.Mixed_7c
+
+    def last_with_maximum(x: Tensor) -> Tensor:
+        most = SimpleNamespace(**(vars(F) | {"avg_pool2d": lambda x, **kwargs: F.max_pool2d(x, 3, 1, 1)}))
+        with monkeypatch.context() as patch:
+            patch.setattr(theirs, "F", most)
+            return torch.cat(last._forward(x), 1)
+
+    last.forward = last_with_maximum
+    x = torch.rand(1, 3, 299, 299, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        logits = reference(x)
+        pooled, found_cells, found_logits = ours(x)
+    found_logits = found_logits + ours.fc.bias.detach()
+    assert float((found_logits - logits).abs().max()) < 1e-4 * float(logits.abs().max())
+    assert float((found_cells - cells[0]).abs().max()) < 1e-4 * float(cells[0].abs().max()) and pooled.shape == (1, 2048)
+    assert float(cells[0].std()) > 0.1 and float(pooled.std()) > 0.1
+    ours.Mixed_7c.pool = "mean"  # planted: what the usual network does
+    with torch.no_grad():
+        other = ours.fc(ours(x)[0])
+    assert float((other - logits).abs().max()) > 1e-3 * float(logits.abs().max())
+
+
+def test_efficientnet_knows_a_cat() -> None:
+    from skimage import data
+
+    cat = torch.from_numpy(data.chelsea()[:300, 75:375].transpose(2, 0, 1).copy())[None].float() / 127.5 - 1
+    extractor = EfficientNetLite0()
+    features = extractor(cat)
+    assert 281 <= int(features.logits.argmax()) <= 285, "the cats of ImageNet"
+    assert features.pooled.shape == (1, 1280) and features.cells.shape == (1, 7 * 14 * 14)
+    assert extractor.name == "EfficientNet-Lite0 (efficientnet-lite0-57934424.pth)"
+
+
+def test_weights_are_never_silently_random(tmp_path) -> None:
+    with pytest.raises(UserError, match="random_weights: true"):
+        Inception()
+    with pytest.raises(UserError, match="not both"):
+        Inception("weights.pth", random_weights=True)
+    with pytest.raises(UserError, match="no weights at"):
+        Inception(str(tmp_path / "weights.pth")).check()
+    torch.save({"conv": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="does not hold the weights of Inception"):
+        Inception(str(tmp_path / "weights.pth"))(torch.zeros(1, 3, 8, 8))
+    state = torch.random.get_rng_state()
+    one, other = (EfficientNetLite0(random_weights=True) for _ in range(2))
+    assert one.name == "EfficientNet-Lite0 with random weights"
+    image = torch.zeros(1, 1, 16, 16)
+    assert torch.equal(one(image).pooled, other(image).pooled)
+    assert torch.equal(torch.random.get_rng_state(), state), "training's generator was touched"
+
+
+class Corners:
+    """An extractor without a network: some pixels, and sums of them."""
+
+    name = "corners"
+
+    def check(self) -> None:
+        pass
+
+    def __call__(self, images: Tensor) -> Features:
+        pixels = to_pixels(images).flatten(1) / 255
+        return Features(pixels[:, :6], pixels[:, -8:], pixels[:, :5] + pixels[:, 5:10])
+
+
+def quality_on(run: Any, axes: dict[str, int], batch: int) -> dict[str, float]:
+    """Of a tiny run's samples against the held-out pictures."""
+    from l3m_like import load
+
+    mesh = build_mesh(axes)
+    loaded = load(run, mesh=mesh)
+    data = loaded.config.instantiate("evals.heldout.data")
+    sampler = FlowODE((1, 8, 8), 10, steps=2, guidance=2.0, num_samples=23, batch=batch)
+    quality = SampleQuality(data, Corners(), sampler, real=41, batch=batch, splits=2)
+    found = quality.evaluate(loaded.model, mesh=mesh, step=0, seed=0, folder=run)
+    assert found.notes == {"extractor": "corners", "pictures": "23 generated, 41 real"}
+    again = quality.evaluate(loaded.model, mesh=mesh, step=0, seed=0, folder=run)
+    assert again == found
+    return dict(found.values)
+
+
+def test_sample_quality_is_the_same_on_every_mesh(tmp_path) -> None:
+    from tests.generate.tiny import save_run
+
+    run = save_run(tmp_path / "sit", "sit")
+    expected = quality_on(run, {}, 7)
+    assert set(expected) == {"fid", "sfid", "inception_score", "precision", "recall"} and expected["fid"] > 0
+    for found in (quality_on(run, {}, 3), *on_ranks(2, quality_on, run, {"dp_shard": 2}, 7)):
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_worse_pictures_have_a_larger_distance() -> None:
+    """With features of real pictures: the more noise, the farther."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(60, 1, 8, 8, generator=generator).cumsum(-1).cumsum(-2)
+    image = image / image.amax((1, 2, 3), keepdim=True) * 2 - 1
+
+    def statistics(images: Tensor) -> Statistics:
+        batches = [(list(range(at, at + 20)), images[at : at + 20], True) for at in range(0, 60, 20)]
+        return collect_statistics(batches, Corners(), Statistics(("fid", "sfid")), ONE)
+
+    real = statistics(image)
+    found = [
+        compare(real, statistics(image + noise * torch.randn(image.shape, generator=generator)), ("fid", "sfid"), 3, ONE)
+        for noise in (0.0, 0.1, 0.5)
+    ]
+    for name in ("fid", "sfid"):
+        first, second, third = (values[name] for values in found)
+        assert abs(first) < 1e-10 < second < third
+    with pytest.raises(UserError, match="Did you mean 'fid'"):
+        Statistics(("fidd",))
