@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy(
         "moe": ["MoE", "Router", "Routing"],
         "norm": ["RMSNorm", "LayerNorm", "AffineLayerNorm"],
         "patch_embed": ["PatchProjection", "patchify", "unpatchify", "sincos_positions"],
+        "pooling": ["Pool", "AttentionPool"],
         "rope": ["Rope"],
         "transformer": ["TransformerLayer", "ParallelLayer", "LadderLayer", "DiTLayer"],
     },

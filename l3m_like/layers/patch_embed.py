@@ -40,12 +40,12 @@ def sincos_positions(rows: int, columns: int, dim: int, dtype: torch.dtype, devi
 class PatchProjection(nn.Module):
     """Linear map of image patches: [B, C, H, W] -> [B, N, D] (a convolution with stride = kernel = patch)."""
 
-    def __init__(self, dim: int, *, patch: int, channels: int) -> None:
+    def __init__(self, dim: int, *, patch: int, channels: int, bias: bool = True) -> None:
         super().__init__()
         if patch < 1:
             raise UserError(f"patch must be at least 1, got {patch}.")
         self.patch = patch
-        self.proj = nn.Linear(channels * patch * patch, dim)
+        self.proj = nn.Linear(channels * patch * patch, dim, bias=bias)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.proj(patchify(image.to(self.proj.weight.dtype), self.patch))
@@ -60,4 +60,5 @@ class PatchProjection(nn.Module):
         return {"proj.weight": "adamw"}
 
     def init_spec(self) -> dict[str, Init]:
-        return {"proj.weight": XavierUniform(), "proj.bias": Zeros()}
+        spec: dict[str, Init] = {"proj.weight": XavierUniform()}
+        return spec if self.proj.bias is None else spec | {"proj.bias": Zeros()}

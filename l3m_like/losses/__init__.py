@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy(
         "multi_token": ["AheadNLL"],
         "perplexity": ["Perplexity"],
         "choice": ["ChoiceAccuracy"],
+        "contrastive": ["Contrastive", "SigmoidContrastive"],
         "flow": ["FlowMatching"],
         "router": ["LoadBalance", "RowLoadBalance", "RouterZ", "LoadViolation"],
         "distillation": ["Distillation"],

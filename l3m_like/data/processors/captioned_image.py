@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,3 +81,36 @@ class CaptionedImage(Pixels):
         if self.start is not None and token is None:
             raise UserError(f"start: {self.tokenizer.path} has no token '{self.start}'.")
         return [] if token is None else [token]
+
+
+class ClassCaption(CaptionedImage):
+    """An image with a class as an image with a caption: ``cls`` is put into words. Writes ``image_label`` int64 [] as well.
+
+    Args:
+        names: of the classes, in the order of their numbers.
+        templates: sentences with ``{}`` for the name, one drawn anew for every sample and epoch.
+        caption: the arguments of ``CaptionedImage``.
+
+    Raises:
+        UserError: a template without ``{}``; a class without a name; see ``CaptionedImage``.
+    """
+
+    def __init__(self, names: Sequence[str], templates: Sequence[str] = ("{}",), **caption: Any) -> None:
+        super().__init__(**caption)
+        for template in templates:
+            if template.count("{}") != 1:
+                raise UserError(f"templates: '{template}' has {template.count('{}')} places for the name; write {{}} once.")
+        self.names, self.templates = list(names), list(templates)
+
+    def keys(self) -> dict[str, KeySpec]:
+        return super().keys() | {"image_label": KeySpec(torch.int64, (), meaning="class number")}
+
+    def __call__(self, sample: Mapping[str, Any], visit: Visit) -> dict[str, np.ndarray]:
+        if "cls" not in sample:
+            raise UserError(f"the sample has {sorted(sample)}; it needs 'cls'.")
+        label = int(sample["cls"])
+        if not 0 <= label < len(self.names):
+            raise UserError(f"the sample is of class {label}, and there are names for {len(self.names)} classes.")
+        template = self.templates[visit.draws("template").integer(len(self.templates))]
+        captioned = super().__call__({**sample, self.field: template.format(self.names[label])}, visit)
+        return captioned | {"image_label": np.array(label, dtype=np.int64)}
