@@ -11,14 +11,14 @@ from l3m_like.kernels.attention import attention
 from l3m_like.layers.mlp import MLP
 from l3m_like.layers.norm import make_norm, norm_spec
 
-POOLS = ("first", "last", "mean")
+POOLS = ("first", "last", "end", "mean")
 
 
 class Pool(nn.Module):
     """features [B, S, D] -> [B, D].
 
     Args:
-        kind: "first" (a class token), "last" (of the tokens that ``mask`` has, which come first), or "mean" (of these).
+        kind: "first" (a class token); "last", padding or not; "end": the last that ``mask`` has; "mean" of those that it has.
         skip: tokens in front that the mean leaves out (a class token).
     """
 
@@ -34,9 +34,9 @@ class Pool(nn.Module):
         """``mask`` [B, S] bool: True for tokens, False for padding behind them; None: all are tokens."""
         if self.kind == "first":
             return features[:, 0]
-        if self.kind == "last":
-            if mask is None:
-                return features[:, -1]
+        if self.kind == "last" or (self.kind == "end" and mask is None):
+            return features[:, -1]
+        if self.kind == "end" and mask is not None:
             place = (mask.sum(1) - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, features.shape[-1])
             return features.gather(1, place).squeeze(1)
         if mask is None:
