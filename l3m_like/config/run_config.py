@@ -162,9 +162,7 @@ class RunConfig:
                 evaluation.data = targets.check(evaluation.data, f"evals.{name}.data", origins, supplied=True)
             if evaluation.run is not None:
                 _need_target(evaluation.run, f"evals.{name}.run", origins)
-                evaluation.run = targets.check(
-                    evaluation.run, f"evals.{name}.run", origins, supplied=evaluation.data is not None
-                )
+                evaluation.run = targets.check(evaluation.run, f"evals.{name}.run", origins, supplied=evaluation.data is not None)
             if evaluation.loss is not None:
                 evaluation.loss = _named_targets(evaluation.loss, f"evals.{name}.loss", origins)
         if self.sample is not None:

@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy(
         "modulation": ["Modulation"],
         "moe": ["MoE", "Router", "Routing"],
         "norm": ["RMSNorm", "LayerNorm", "AffineLayerNorm"],
-        "patch_embed": ["PatchProjection", "patchify", "unpatchify", "sincos_positions"],
+        "patch_embed": ["PatchProjection", "patchify", "patch_pixels", "unpatchify", "sincos_positions"],
         "pooling": ["Pool", "AttentionPool"],
         "rope": ["Rope"],
         "transformer": ["TransformerLayer", "ParallelLayer", "LadderLayer", "DiTLayer"],

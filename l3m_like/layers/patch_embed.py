@@ -23,6 +23,11 @@ def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
 
 
+def patch_pixels(image: Tensor, patch: int) -> Tensor:
+    """[B, C, H, W] -> [B, N, p*p*C]: patches row by row, inside one in the order (p, p, C), that of ``unpatchify``."""
+    return patchify(image, patch).unflatten(-1, (image.shape[1], -1)).mT.flatten(-2)
+
+
 def sincos_positions(rows: int, columns: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Fixed 2-D sinusoids [rows*columns, dim]: the first half encodes the column, the second the row, each
     ``[sin | cos]`` with frequencies 10000^(-i / (dim/4)) (as MAE, DiT and SiT). Computed in float64, once per forward."""

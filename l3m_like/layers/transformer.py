@@ -57,12 +57,14 @@ class TransformerLayer(nn.Module):
         mask: LoweredMask | None = None,
         cache: LayerCache | None = None,
         valid: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Routing]:
-        normed, x = self.norm_2(self.mixer(self.norm_1(x), rope, mask, cache), residual=x)
-        if not self.routes:
-            return x + self.mlp(normed)
-        out, routing = self.mlp(normed, valid)
-        return x + out, routing
+        """``keep`` [2, B]: factors on what the mixer and the MLP add to each row (stochastic depth)."""
+        mixed = self.mixer(self.norm_1(x), rope, mask, cache)
+        normed, x = self.norm_2(mixed if keep is None else mixed * keep[0].view(-1, 1, 1), residual=x)
+        out, routing = self.mlp(normed, valid) if self.routes else (self.mlp(normed), None)
+        x = x + (out if keep is None else out * keep[1].view(-1, 1, 1))
+        return x if routing is None else (x, routing)
 
     def flops(self, tokens: int, pairs: int) -> int:
         return self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)

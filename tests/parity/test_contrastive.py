@@ -29,7 +29,8 @@ MAP = {"channels": 3, "patch": PATCH}
 
 
 def ours_of(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    cfg = RunConfig.from_file(f"configs/experiment/{name}.yaml", [*SIZES, *(["embed_dim=24"] if name == "clip" else ["mlp_dim=128"])])
+    more = "embed_dim=24" if name == "clip" else "mlp_dim=128"
+    cfg = RunConfig.from_file(f"configs/experiment/{name}.yaml", [*SIZES, more])
     model = build_model(cfg)
     for part in model.values():
         materialize(part, torch.device("cpu"))

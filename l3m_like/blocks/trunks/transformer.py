@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Normal
+from l3m_like.core.random import uniform
 from l3m_like.layers.cache import StaticCache
 from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind
 from l3m_like.layers.moe import RouterLoads
@@ -29,7 +30,7 @@ class Transformer(ReadWriteBlock):
     Reads   tokens [B, S, D]; positions [B, S] int64 (without: 0, 1, 2, ...); document_ids [B, S] int (-1 = padding; without:
             one document per row); cu_seqlens [N + 1] int32, the borders of the documents (without: attention over documents
             takes a slower way); prefix_lengths [B] int64 (mask "prefix"); stages [B, S] int64 (mask "staged"); cache
-            (generation only; with a staged mask, tokens see all that is in it)
+            (generation only; with a staged mask, tokens see all that is in it); row [B] int64 (``drop_path`` in training)
     Writes  hidden [B, S, D]; if `writes` names them, what the routers of the L layers with experts did with every row, without
             padding: router_load [L, B, E], tokens per expert; router_probability [L, B, E], their summed scores; router_z [L, B]
 
@@ -43,6 +44,9 @@ class Transformer(ReadWriteBlock):
             ``{name: how many}``, one kind after the other; null is what is left: ``{dense: 3, experts: null}``.
         depth_scaled_init: draw the matrices that write to the residual stream with a deviation smaller by sqrt(2 num_layers), so
             that it does not grow with the depth (Radford et al., "Language Models are Unsupervised Multitask Learners", 2.3).
+        drop_path: stochastic depth (Huang et al., arXiv:1603.09382): in training, the last layer's branches are left out of a row
+            with this chance, those of earlier layers with less, linearly from 0; what stays is scaled up.
+        seed: of the run, for ``drop_path``; what is left out is a function of (seed, stream, row).
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
@@ -59,12 +63,17 @@ class Transformer(ReadWriteBlock):
         mask: str = "causal",
         pattern: Sequence[str] | Mapping[str, int | None] | None = None,
         depth_scaled_init: bool = False,
+        drop_path: float = 0.0,
+        seed: int | None = None,
         **ports: Any,
     ) -> None:
         super().__init__(**ports)
         if num_layers < 1:
             raise UserError(f"Transformer: num_layers must be at least 1, got {num_layers}.")
         check_kind(mask)
+        if not 0 <= drop_path < 1 or (drop_path > 0) != (seed is not None):
+            raise UserError(f"Transformer: drop_path is {drop_path}, at least 0 and below 1; above 0 it needs seed: ${{seed}}.")
+        self.drop_path, self.seed = drop_path, seed
         self.dim = dim
         self.rope = rope
         self.mask = mask
@@ -102,6 +111,7 @@ class Transformer(ReadWriteBlock):
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
         stages: Tensor | None = None,
+        row: Tensor | None = None,
         *,
         outputs: Sequence[str] = (),
     ) -> Tensor | dict[str, Tensor]:
@@ -123,15 +133,17 @@ class Transformer(ReadWriteBlock):
         entered = tokens
         if self.streams > 1:
             tokens = torch.stack([tokens] * self.streams)
+        keep = self._kept(row, tokens) if self.drop_path and self.training else None
         routings = []
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
             arguments = tokens, rope, masks.of(layer), layer_cache
+            kept = {} if keep is None else {"keep": keep[index]}
             if getattr(layer, "routes", False):
-                tokens, routing = layer(*arguments, valid)
+                tokens, routing = layer(*arguments, valid, **kept)
                 routings.append(routing)
             else:
-                tokens = layer(*arguments)
+                tokens = layer(*arguments, **kept)
         if cache is not None:
             cache.end(entered)
         out = {"hidden": tokens if self.streams == 1 else tokens[0]}
@@ -140,6 +152,15 @@ class Transformer(ReadWriteBlock):
             if self.training and torch.is_grad_enabled():
                 self.router_loads.add(out["router_load"])
         return {port: out[port] for port in outputs} if outputs else out["hidden"]
+
+    def _kept(self, row: Tensor | None, tokens: Tensor) -> Tensor:
+        """[L, 2, B]: 0 for a branch that is left out of a row, else 1 / probability that it stays."""
+        if row is None or self.seed is None:
+            raise UserError("Transformer: drop_path draws for each row; the data has no key 'row'.")
+        layers = len(self.layers)
+        drawn = uniform(row, (layers, 2), seed=self.seed, purpose=f"drop_path/{self.stream or ''}").permute(1, 2, 0)
+        stays = 1 - self.drop_path * torch.arange(layers, device=row.device) / max(layers - 1, 1)
+        return ((drawn < stays.view(-1, 1, 1)) / stays.view(-1, 1, 1)).to(tokens.dtype)
 
     def after_step(self, mesh: Any) -> None:
         self.router_loads.step(mesh.sum)
@@ -163,6 +184,7 @@ class Transformer(ReadWriteBlock):
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
         stages: Tensor | None = None,
+        row: Tensor | None = None,
     ) -> int:
         batch, length = tokens.shape[:2]
         start = cache.length if cache is not None else 0
