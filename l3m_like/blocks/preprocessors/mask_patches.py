@@ -32,7 +32,7 @@ class MaskPatches(ReadWriteBlock):
     inference_outputs = ("kept",)
 
     def __init__(self, seed: int, ratio: float = 0.75, skip: int = 0, **ports: Any) -> None:
-        super().__init__(**{"writes": list(self.outputs), **ports})
+        super().__init__(**ports | {"writes": ports.get("writes") or list(self.outputs)})
         if not 0 < ratio < 1:
             raise UserError(f"MaskPatches: ratio is {ratio}; it is above 0 and below 1.")
         self.seed, self.ratio, self.skip = seed, ratio, skip
@@ -70,7 +70,7 @@ class DrawPrefix(ReadWriteBlock):
     inference_outputs = ("prefix_lengths",)
 
     def __init__(self, seed: int, **ports: Any) -> None:
-        super().__init__(**{"writes": list(self.outputs), **ports})
+        super().__init__(**ports | {"writes": ports.get("writes") or list(self.outputs)})
         self.seed = seed
 
     def compute(self, tokens: Tensor, row: Tensor, *, outputs: Sequence[str]) -> dict[str, Tensor]:

@@ -29,8 +29,8 @@ def matching(patterns: str | Sequence[str], names: Iterable[str], where: str, ki
 
 
 def depth_factors(names: Iterable[str], decay: float) -> dict[str, float]:
-    """``{name: factor on its learning rate}`` that falls with the distance from the output (Clark et al., arXiv:2003.10555; Bao et
-    al., arXiv:2106.08254): layer i of a trunk of L gets ``decay^(L - i)``, counted from 0, what is before the trunk ``decay^(L + 1)``.
+    """``{name: factor on its learning rate}``, smaller the further from the output (Clark et al., arXiv:2003.10555): of L layers of a
+    trunk, number i (from 0) gets ``decay^(L - i)``, what is before the trunk ``decay^(L + 1)``.
 
     A trunk is what has parameters ``PART.trunk.layers.i.``; before it is ``PART.noise`` and ``PART.preprocessor``. Heads keep 1.
 
