@@ -59,7 +59,9 @@ class MixImages(ReadWriteBlock):
         if not self.training:
             return image, label, torch.zeros_like(row, dtype=torch.float32)
         if image.shape[0] % 2:
-            raise UserError(f"MixImages: {image.shape[0]} rows in a micro-batch; make batch.micro even, so that each has a partner.")
+            raise UserError(
+                f"MixImages: {image.shape[0]} rows in a micro-batch; make batch.micro even, so that each has a partner."
+            )
         partner = image.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
         choice, cuts, y, x = self._uniform(row, (4,), "choice").unbind(1)
         cut = cuts < self.cutmix_share

@@ -71,7 +71,7 @@ class Transformer(ReadWriteBlock):
         if num_layers < 1:
             raise UserError(f"Transformer: num_layers must be at least 1, got {num_layers}.")
         check_kind(mask)
-        if not 0 <= drop_path < 1 or (drop_path > 0) != (seed is not None):
+        if not 0 <= drop_path < 1 or (drop_path > 0 and seed is None):
             raise UserError(f"Transformer: drop_path is {drop_path}, at least 0 and below 1; above 0 it needs seed: ${{seed}}.")
         self.drop_path, self.seed = drop_path, seed
         self.dim = dim

@@ -29,8 +29,8 @@ def matching(patterns: str | Sequence[str], names: Iterable[str], where: str, ki
 
 
 def depth_factors(names: Iterable[str], decay: float) -> dict[str, float]:
-    """``{name: factor on its learning rate}``, smaller the further from the output (Clark et al., arXiv:2003.10555): of L layers of a
-    trunk, number i (from 0) gets ``decay^(L - i)``, what is before the trunk ``decay^(L + 1)``.
+    """``{name: factor on its learning rate}``, smaller the further from the output (Clark et al., arXiv:2003.10555): of L layers
+    of a trunk, number i (from 0) gets ``decay^(L - i)``, what is before the trunk ``decay^(L + 1)``.
 
     A trunk is what has parameters ``PART.trunk.layers.i.``; before it is ``PART.noise`` and ``PART.preprocessor``. Heads keep 1.
 
@@ -65,7 +65,7 @@ def parameter_groups(
 
     Matrices decay; parameters with fewer than two dimensions (norms, biases) and those that ``no_decay`` names do not.
     A named group overrides both with its own ``lr_scale`` and ``weight_decay``. ``factors`` (muP) multiply a parameter's rate,
-    and divide its decay, so that what a step takes off the weight stays. ``layer_decay``: as ``depth_factors`` has it, of the rate.
+    and divide its decay, so that what a step takes off the weight stays. ``layer_decay`` is that of ``depth_factors``.
     """
     owner: dict[str, str] = {}
     settings: dict[str, Mapping[str, Any]] = {}
