@@ -27,7 +27,7 @@ __getattr__, __dir__, __all__ = lazy(
         "processors.fill_in_the_middle": ["FillInTheMiddle"],
         "processors.pixels": ["Pixels"],
         "processors.class_image": ["ClassImage"],
-        "processors.captioned_image": ["CaptionedImage", "ClassCaption"],
+        "processors.captioned_image": ["CaptionedImage"],
         "processors.class_latent": ["ClassLatent"],
         "processors.video": ["ClassVideo", "Video"],
         "processors.audio": ["Audio"],
