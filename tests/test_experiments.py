@@ -47,8 +47,8 @@ PARAMETERS = {
     "vit_l16": 304_326_632,
 }
 MOST_LINES = {
-    **{"llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "dream_7b": 16},
-    **{"clip": 110, "siglip": 20, "vit": 90, "mae": 100, "aimv1": 80, "aimv2": 135, "aimv2_moe": 20},
+    "llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "dream_7b": 16,
+    "clip": 110, "siglip": 20, "vit": 90, "mae": 100, "aimv1": 80, "aimv2": 135, "aimv2_moe": 20,
 }
 #: trained by the slow tests alone
 SLOW = ("block_diffusion", "siglip", "mae", "aimv1")
@@ -121,6 +121,7 @@ def test_trains_and_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
         short = [f"run.name={name}", f"steps={steps}", "batch.global=4", "log.console=false", "deterministic=true"]
         seldom = ["evals.heldout.every=null", "evals.heldout.samples=4", "checkpoint.every=null"]
         seldom += ["sample.steps=2"] if path.stem == "sit" else []  # its evaluations sample
+        seldom += ["evals.zero_shot=null"] if path.stem in ("clip", "siglip") else []  # reads all held-out images
         metrics = l3m_like.train(RunConfig.from_file(path, [*flat, *short, *seldom]))
         assert metrics["step"] == steps
         assert torch.tensor([metrics["loss"], metrics["heldout/loss"]]).isfinite().all()

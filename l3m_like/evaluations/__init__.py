@@ -6,6 +6,8 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "evaluation": ["Evaluation", "Findings"],
+        "probes": ["NearestNeighbours", "LinearProbe", "AttentiveProbe"],
         "sample_grid": ["SampleGrid"],
+        "zero_shot": ["ZeroShot"],
     },
 )
