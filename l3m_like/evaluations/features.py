@@ -105,6 +105,6 @@ def labelled(model: nn.Module, data: Any, mesh: Mesh, *, key: str, label: str, p
 
 
 def accuracy(scores: Tensor, labels: Tensor, names: Mapping[str, int]) -> dict[str, float]:
-    """``{name: share of rows whose class is among the k highest of scores [n, C]}``, of the ``names`` ``{name: k}`` with k <= C."""
+    """``{name: share of rows whose class is among the k highest of scores [n, C]}``, of ``names`` ``{name: k}`` with k <= C."""
     ranked = scores.topk(min(max(names.values()), scores.shape[1]), dim=1).indices == labels[:, None]
     return {name: float(ranked[:, :k].any(1).double().mean()) for name, k in names.items() if k <= scores.shape[1]}

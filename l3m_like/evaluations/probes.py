@@ -104,7 +104,9 @@ class LinearProbe(_Probe):
         deviation, mean = torch.std_mean(known.features, dim=0)
         given, asked = ((x - mean) / (deviation + 1e-6) for x in (known.features, features))
         weight, bias = (given.new_zeros(shape).requires_grad_() for shape in ((classes, given.shape[1]), (classes,)))
-        search = torch.optim.LBFGS([weight, bias], max_iter=self.iterations, line_search_fn="strong_wolfe")
+        search = torch.optim.LBFGS(
+            [weight, bias], max_iter=self.iterations, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        )
 
         def loss() -> Tensor:
             search.zero_grad()

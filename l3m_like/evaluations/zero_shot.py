@@ -15,6 +15,9 @@ from l3m_like.distributed.mesh import Mesh, broadcast_object
 from l3m_like.evaluations.evaluation import Findings
 from l3m_like.evaluations.features import Extractor, accuracy, labelled
 
+#: keys of a sentence
+_TEXT = ("text_ids", "text_mask", "row")
+
 
 class ZeroShot:
     """The class whose name is nearest to an image, by embeddings of a contrastive model (CLIP, arXiv:2103.00020, section 3.1).
@@ -48,8 +51,8 @@ class ZeroShot:
         self.image, self.text, self.label, self.batch = image, text, label, batch
 
     def check(self, model: nn.Module) -> None:
-        for key in (self.image, self.text):
-            Extractor(model, key, self.data.keys())
+        Extractor(model, self.image, self.data.keys())
+        Extractor(model, self.text, _TEXT)
 
     def evaluate(self, model: nn.Module, *, mesh: Mesh, step: int, seed: int, folder: Path) -> Findings:
         classes = self.class_embeddings(model, mesh)
@@ -61,7 +64,7 @@ class ZeroShot:
         """[classes, E]; every rank computes all of them."""
         process = self.data.process
         texts = [process.padded(process.tokens(template.format(name))) for name in self.names for template in self.templates]
-        extract, parts = Extractor(model, self.text, self.data.keys()), []
+        extract, parts = Extractor(model, self.text, _TEXT), []
         for start in range(0, len(texts), self.batch):
             some = texts[start : start + self.batch]
             data = {key: torch.stack([torch.from_numpy(text[key]) for text in some]).to(mesh.device) for key in some[0]}

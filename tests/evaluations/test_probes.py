@@ -95,9 +95,8 @@ def probes(batch: int = 64) -> dict[str, Any]:
 def found(batch: int = 64) -> dict[str, dict[str, float]]:
     mesh, model = build_mesh({}), model_of()
     with torch.no_grad():
-        return {
-            name: dict(probe.evaluate(model, mesh=mesh, step=0, seed=0, folder=Path()).values) for name, probe in probes(batch).items()
-        }
+        run = {name: probe.evaluate(model, mesh=mesh, step=0, seed=0, folder=Path()) for name, probe in probes(batch).items()}
+    return {name: dict(findings.values) for name, findings in run.items()}
 
 
 def test_they_find_what_is_there_on_any_number_of_processes() -> None:
