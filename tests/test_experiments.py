@@ -19,10 +19,15 @@ EXPERIMENTS = sorted(path for path in CONFIGS.rglob("*.yaml") if "preset" not in
 TINY = [path for path in EXPERIMENTS if "--config configs/experiment/" in path.read_text(encoding="utf-8")]
 #: published, or (tiny ones) counted by hand in `test_tiny_sizes`
 PARAMETERS = {
+    "aimv1_600m": 1_087_717_452,  # with the twelve MLPs of its head
+    "aimv2_l": 530_553_420,  # with its decoder
+    "aimv2_moe": 476_603_212,
+    "clip_b16": 149_620_737,
     "deepseek_v3": 682_636_472_320,  # 671_026_404_352 and, for multi-token prediction, 11_610_067_968
     "dllm_qwen3": 608_623_616,
     "dream_7b": 7_615_616_512,
     "gpt2": 124_439_808,
+    "mae_b16": 111_655_680,
     "llada_8b": 8_015_581_184,
     "llama3.2_1b": 1_235_814_400,
     "llama3_70b": 70_553_706_496,
@@ -34,14 +39,19 @@ PARAMETERS = {
     "qwen3_1.7b": 1_720_574_976,
     "qwen3_30b_a3b": 30_532_122_624,
     "qwen3_8b": 8_190_735_360,
+    "siglip_b16": 203_155_970,
     "sit_b2": 130_315_808,
     "sit_l2": 457_840_672,
     "sit_s2": 32_865_056,
     "sit_xl2": 674_834_720,
+    "vit_l16": 304_326_632,
 }
-MOST_LINES = {"llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "dream_7b": 16}
+MOST_LINES = {
+    "llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "dream_7b": 16,
+    "clip": 110, "siglip": 20, "vit": 90, "mae": 100, "aimv1": 80, "aimv2": 135, "aimv2_moe": 20,
+}
 #: trained by the slow tests alone
-SLOW = ("block_diffusion",)
+SLOW = ("block_diffusion", "siglip", "mae", "aimv1")
 #: starts from another experiment's run: tests/training/test_distillation.py trains it
 FROM_A_RUN = ("distill",)
 
@@ -111,6 +121,7 @@ def test_trains_and_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
         short = [f"run.name={name}", f"steps={steps}", "batch.global=4", "log.console=false", "deterministic=true"]
         seldom = ["evals.heldout.every=null", "evals.heldout.samples=4", "checkpoint.every=null"]
         seldom += ["sample.steps=2"] if path.stem == "sit" else []  # its evaluations sample
+        seldom += ["evals.zero_shot=null"] if path.stem in ("clip", "siglip") else []  # reads all held-out images
         metrics = l3m_like.train(RunConfig.from_file(path, [*flat, *short, *seldom]))
         assert metrics["step"] == steps
         assert torch.tensor([metrics["loss"], metrics["heldout/loss"]]).isfinite().all()

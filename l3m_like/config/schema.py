@@ -152,6 +152,12 @@ class Optim:
         [],
         "Glob patterns of further parameters without weight decay; norms and biases (fewer than two dimensions) have none.",
     )
+    layer_decay: float | None = setting(
+        None,
+        "Factor on the learning rate from each layer of a trunk to the one below it, for fine-tuning. null: 1.",
+        above=0,
+        at_most=1,
+    )
     muon: Muon | None = setting(
         None, "Settings of Muon, with `name: muon`. null: its defaults. See [optimizers.md](optimizers.md)."
     )
@@ -163,6 +169,8 @@ class Optim:
     def problem(self) -> str | None:
         if self.name != "muon" and self.muon is not None:
             return f"muon: optim.name is {self.name}, so nothing would read it. Remove it (muon: null), or write name: muon."
+        if self.name == "muon" and self.layer_decay is not None:
+            return "layer_decay is built for adamw; remove it, or write name: adamw."
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             return f"betas = {self.betas}: two numbers in [0, 1) are needed, e.g. [0.9, 0.95]."
         return None

@@ -121,6 +121,18 @@ class Ones(Init):
         return torch.ones(_lengths(index, shape), dtype=dtype, device=_device(index))
 
 
+@dataclass(frozen=True)
+class Constant(Init):
+    """All ``value``."""
+
+    value: float
+
+    def draw(
+        self, seed: int, name: str, index: Sequence[Tensor], shape: Sequence[int], *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        return torch.full(_lengths(index, shape), self.value, dtype=dtype, device=_device(index))
+
+
 def _draw(
     sample: Sample,
     shift: float,

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from l3m_like.core.errors import UserError
+from l3m_like.distributed.rows import gather_rows, pass_rows_on
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -127,6 +128,12 @@ class Mesh:
         return self.coordinate("dp_replicate") * self.sizes["dp_shard"] + self.coordinate("dp_shard")
 
     @property
+    def row_ranks(self) -> tuple[int, ...]:
+        """The ranks that hold the different rows, in the order of ``dp_rank``, at this rank's place on the other axes."""
+        place = tuple(slice(None) if axis in ("dp_replicate", "dp_shard") else self.coordinate(axis) for axis in AXES)
+        return tuple(self.device_mesh.mesh[place].flatten().tolist())
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 
@@ -141,6 +148,14 @@ class Mesh:
             values = values if self.speaks_for_rows else torch.zeros_like(values)
             dist.all_reduce(values)
         return values
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """``rows`` [B, ...] of all data-parallel ranks in the order of ``dp_rank``, with gradients; all have the same B."""
+        return gather_rows(rows, [self[axis].get_group() for axis in ("dp_shard", "dp_replicate") if self.size(axis) > 1])
+
+    def pass_rows_on(self, rows: Tensor) -> Tensor:
+        """The ``rows`` of the data-parallel rank before this one (the last's come to the first), with gradients."""
+        return pass_rows_on(rows, self.row_ranks, self.dp_rank)
 
     def agree(self, value: Tensor) -> Tensor:
         """The mean of a device scalar over the ranks that hold copies of the same parameters.

@@ -7,8 +7,10 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "evaluation": ["Evaluation", "Findings"],
         "extractors": ["EfficientNetLite0", "Inception"],
+        "probes": ["NearestNeighbours", "LinearProbe", "AttentiveProbe"],
         "reconstruction_quality": ["ReconstructionQuality"],
         "sample_grid": ["SampleGrid"],
         "sample_quality": ["SampleQuality"],
+        "zero_shot": ["ZeroShot"],
     },
 )

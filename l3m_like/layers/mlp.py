@@ -14,9 +14,16 @@ from l3m_like.kernels.select import selected
 from l3m_like.kernels.swiglu import swiglu
 from l3m_like.layers.linear import joint_linear
 
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x sigmoid(1.702 x)`` (Hendrycks and Gimpel, arXiv:1606.08415, section 2), as OpenAI's CLIP has it."""
+    return x * (1.702 * x).sigmoid()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
 }
@@ -60,7 +67,7 @@ class MLP(nn.Module):
         dim: D.
         ratio: hidden width / D, used when ``hidden_dim`` is None.
         hidden_dim: hidden width.
-        activation: "gelu_tanh", "gelu" (exact), "relu" or "silu".
+        activation: "gelu_tanh", "gelu" (exact), "quick_gelu", "relu" or "silu".
         bias: of both projections.
     """
 

@@ -23,6 +23,11 @@ def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
 
 
+def patch_pixels(image: Tensor, patch: int) -> Tensor:
+    """[B, C, H, W] -> [B, N, p*p*C]: patches row by row, inside one in the order (p, p, C), that of ``unpatchify``."""
+    return patchify(image, patch).unflatten(-1, (image.shape[1], -1)).mT.flatten(-2)
+
+
 def sincos_positions(rows: int, columns: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Fixed 2-D sinusoids [rows*columns, dim]: the first half encodes the column, the second the row, each
     ``[sin | cos]`` with frequencies 10000^(-i / (dim/4)) (as MAE, DiT and SiT). Computed in float64, once per forward."""
@@ -40,12 +45,12 @@ def sincos_positions(rows: int, columns: int, dim: int, dtype: torch.dtype, devi
 class PatchProjection(nn.Module):
     """Linear map of image patches: [B, C, H, W] -> [B, N, D] (a convolution with stride = kernel = patch)."""
 
-    def __init__(self, dim: int, *, patch: int, channels: int) -> None:
+    def __init__(self, dim: int, *, patch: int, channels: int, bias: bool = True) -> None:
         super().__init__()
         if patch < 1:
             raise UserError(f"patch must be at least 1, got {patch}.")
         self.patch = patch
-        self.proj = nn.Linear(channels * patch * patch, dim)
+        self.proj = nn.Linear(channels * patch * patch, dim, bias=bias)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.proj(patchify(image.to(self.proj.weight.dtype), self.patch))
@@ -60,4 +65,5 @@ class PatchProjection(nn.Module):
         return {"proj.weight": "adamw"}
 
     def init_spec(self) -> dict[str, Init]:
-        return {"proj.weight": XavierUniform(), "proj.bias": Zeros()}
+        spec: dict[str, Init] = {"proj.weight": XavierUniform()}
+        return spec if self.proj.bias is None else spec | {"proj.bias": Zeros()}

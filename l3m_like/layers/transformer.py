@@ -60,15 +60,17 @@ class TransformerLayer(nn.Module):
         cache: LayerCache | None = None,
         valid: Tensor | None = None,
         kv: tuple[Tensor, Tensor] | None = None,
+        keep: Tensor | None = None,
     ) -> Any:
-        """x; with experts (x, ``Routing``); and ``kv`` behind them if the mixer gives it."""
+        """x; with experts (x, ``Routing``); and ``kv`` behind them if the mixer gives it.
+
+        ``keep`` [2, B]: factors on what the mixer and the MLP add to each row (stochastic depth).
+        """
         mixed, *given = self._mixed(self.norm_1(x), rope, mask, cache, kv)
-        normed, x = self.norm_2(mixed, residual=x)
-        if self.routes:
-            out, routing = self.mlp(normed, valid)
-            return x + out, routing, *given
-        x = x + self.mlp(normed)
-        return (x, *given) if given else x
+        normed, x = self.norm_2(mixed if keep is None else mixed * keep[0].view(-1, 1, 1), residual=x)
+        out, *routing = self.mlp(normed, valid) if self.routes else (self.mlp(normed),)
+        x = x + (out if keep is None else out * keep[1].view(-1, 1, 1))
+        return (x, *routing, *given) if routing or given else x
 
     def _mixed(
         self,

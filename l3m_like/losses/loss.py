@@ -34,6 +34,9 @@ class Loss(ReadWriteBlock):
     count_late: bool = False
     #: "element": a sum over elements; "batch": no such sum (contrastive losses); ``compute`` gathers by itself
     scope: str = "element"
+    #: of scope "batch": all that it reads is rows [B, ...] or scalars, the same for all rows; so it may be given the rows of all
+    #: micro-batches at once, and works with accumulation
+    splits: bool = False
 
     def __init__(self, weight: float | None = 1.0, *, reads: Mapping[str, str] | None = None, **ports: Any) -> None:
         name = type(self).__name__

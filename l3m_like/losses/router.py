@@ -61,6 +61,17 @@ class RowLoadBalance(Loss):
         return (document_ids >= 0).any(1).sum()
 
 
+class ImageLoadBalance(RowLoadBalance):
+    """``RowLoadBalance`` of rows that have no padding and no documents.
+
+    Reads   router_load, router_probability [L, B, E]
+    Counts  rows
+    """
+
+    def count(self, row: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.tensor(row.numel(), dtype=torch.int64)
+
+
 class RouterZ(Loss):
     """``logsumexp(logits)^2`` of the routers, mean over tokens and layers: keeps their logits small (Zoph et al.,
     arXiv:2202.08906, eq. 5).

@@ -29,3 +29,17 @@ class TokenNLL(Loss):
 def counted(targets: Tensor, only: Tensor | None) -> Tensor:
     """Where a token counts: it has a target, and is one of ``only``."""
     return targets != IGNORE if only is None else (targets != IGNORE) & only
+
+
+class CaptionNLL(Loss):
+    """Mean negative log-likelihood of the tokens of captions, over all captions of the whole step.
+
+    Reads   nll [B, T] float, 0 where there is padding
+    Counts  the tokens of the loader's mask [B, T]
+    """
+
+    def compute(self, nll: Tensor) -> Tensor:
+        return nll.to(torch.promote_types(nll.dtype, torch.float32)).sum()
+
+    def count(self, mask: Tensor) -> Tensor:
+        return mask.sum()

@@ -40,6 +40,7 @@ class Source:
         shape: theirs is another view of the same numbers (a convolution that is a linear layer here); ``-1`` for its
             first dimension.
         copies: templates of other names that hold the same tensor there.
+        ones: theirs has so many dimensions of one more in front (a token [1, 1, D] there, [D] here); -1: one less (a scalar).
         stack: theirs is one tensor for each index of our first dimension; the name in braces that stands for the index.
     """
 
@@ -51,10 +52,13 @@ class Source:
     shape: tuple[int, ...] | None = None
     copies: tuple[str, ...] = ()
     stack: str | None = None
+    ones: int = 0
 
     def __post_init__(self) -> None:
         if self.shape is not None and (self.parts > 1 or self.transpose or self.stack):
             raise UserError(f"Source('{self.name}'): shape goes with none of parts, transpose and stack.")
+        if self.ones and (self.parts > 1 or self.transpose or self.stack or self.shape is not None):
+            raise UserError(f"Source('{self.name}'): ones goes with none of parts, transpose, stack and shape.")
         if not 0 <= self.part < self.parts:
             raise UserError(f"Source('{self.name}'): part {self.part} of {self.parts}; parts are counted from 0.")
 
@@ -81,6 +85,8 @@ class Piece:
         if source.shape is not None:
             return (slice(*bounds[0]), *(slice(0, size) for size in source.shape[1:]))
         moved = [slice(low, high) for low, high in bounds]
+        if source.ones:
+            return (*[slice(0, 1)] * source.ones, *moved[max(-source.ones, 0) :])
         moved[source.axis] = slice(*(place + self.start for place in bounds[source.axis]))
         if source.transpose:
             moved[-2], moved[-1] = moved[-1], moved[-2]
@@ -90,6 +96,10 @@ class Piece:
         """What was read of theirs (``region(bounds)``) as ours; a view where possible."""
         if self.source.shape is not None:
             return theirs.flatten(1)[:, slice(*bounds[1])]
+        if self.source.ones > 0:
+            return theirs.reshape([high - low for low, high in bounds])
+        if self.source.ones < 0:
+            return theirs.unsqueeze(0)[slice(*bounds[0])]
         return theirs.mT if self.source.transpose else theirs
 
 
@@ -192,6 +202,8 @@ class NameMap:
             whole[source.axis] += piece.shape[source.axis]
         if source.transpose:
             whole[-2:] = whole[-1], whole[-2]
+        if source.ones:
+            whole = [*[1] * source.ones, *whole[max(-source.ones, 0) :]]
         self.shapes[theirs] = tuple(whole) if source.shape is None else (whole[0], *source.shape[1:])
         self.shapes |= {copy: self.shapes[theirs] for copy, of in self.copies.items() if of == theirs}
 
@@ -246,7 +258,7 @@ def export_tensor(names: NameMap, theirs: str, ours: Mapping[str, Tensor]) -> Te
         parts.append(ours[piece.ours] if piece.index is None else ours[piece.ours][piece.index])
     source = names.theirs[theirs][0].source
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=source.axis)
-    if source.shape is not None:
+    if source.shape is not None or source.ones:
         return whole.reshape(names.shapes[theirs])
     return whole.mT if source.transpose else whole
 

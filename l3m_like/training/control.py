@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from l3m_like.core.random import key_of
 from l3m_like.data.loader import Loader, Step
 from l3m_like.distributed.mesh import Mesh
+from l3m_like.training.evaluate import to_device
 from l3m_like.training.updates import Update
 
 
@@ -74,8 +75,15 @@ def fetch(loader: Loader, updates: Sequence[Update], signals: Signals, mesh: Mes
     return Upcoming(batch, word, list(losses), time.perf_counter() - began)
 
 
-def seed_streams(seed: int, step: int, mesh: Mesh) -> None:
-    """Seed torch's own generators for this step (dropout inside layers): a function of (seed, step, rows), so that a resumed
-    run repeats it and there is no generator state to save. Ranks that hold the same rows agree."""
-    low, high = key_of(seed, f"step/{step}/{mesh.dp_rank}")
+def micro_batch(
+    batch: Step, carried: Sequence[Mapping[str, Tensor]], seed: int, step: int, mesh: Mesh, number: int
+) -> dict[str, Any]:
+    """Micro-batch ``number`` on the device, with what earlier updates wrote; and torch's own generators (dropout inside layers)
+    seeded for it.
+
+    The seed is a function of (seed, step, micro-batch, rows), so that a second forward of a micro-batch and a resumed run repeat
+    its draws, and there is no generator state to save. Ranks that hold the same rows agree.
+    """
+    low, high = key_of(seed, f"step/{step}/{number}/{mesh.dp_rank}")
     torch.manual_seed((high << 31) ^ low)
+    return to_device(batch.micro[number], mesh.device) | carried[number]

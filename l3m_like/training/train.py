@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 import os
@@ -37,9 +38,9 @@ from l3m_like.distributed.parallelize import parallelize
 from l3m_like.kernels.select import in_use
 from l3m_like.training.build import build_model
 from l3m_like.training.checkpoint import Checkpointer
-from l3m_like.training.control import Signals, fetch, seed_streams
+from l3m_like.training.control import Signals, fetch, micro_batch
 from l3m_like.training.debug import Debug
-from l3m_like.training.evaluate import Evaluations, to_device
+from l3m_like.training.evaluate import Evaluations
 from l3m_like.training.flops import StepFlops, peak_flops
 from l3m_like.training.init import init_specs, initialize, materialize, random_weights
 from l3m_like.training.lora import load_adapters, none_bypassed, refuse_random_base
@@ -228,7 +229,6 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     closing.callback(gc.enable)
     while upcoming is not None:
         batch, totals, stop, waited = upcoming.agreed()
-        seed_streams(cfg.seed, step, mesh)
         scale = schedule.scale(step)
         sums: dict[str, Tensor] = {}
         norms: dict[str, tuple[Tensor, Tensor]] = {}
@@ -237,10 +237,11 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             if not update.active(step):
                 continue
             update.train_only_own(updates)
-            for number, micro in enumerate(batch.micro):
+            micro = functools.partial(micro_batch, batch, carried, cfg.seed, step, mesh)
+            shares = update.whole_batch(len(batch.micro), micro, totals, mesh)
+            for number, share in enumerate(shares):
                 set_gradient_sync(update.parts.values(), number == len(batch.micro) - 1)
-                data = to_device(micro, mesh.device) | carried[number]
-                terms, kept = update.forward_backward(data, totals, mesh)
+                terms, kept = update.forward_backward(micro(number), totals, mesh, share)
                 carried[number] |= kept
                 for name, (value, count) in terms.items():
                     earlier, counted = sums.get(name, (0, 0))

@@ -6,7 +6,7 @@ update, or is frozen. Keys that a later update reads are handed on detached, as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,34 +57,93 @@ class Update:
             self.adaptive.refuse_cut(self.name)
         self.tp_summed = tp_summed_parameters(self.parts.values())
 
-    def forward_backward(self, data: Data, totals: Mapping[str, float], mesh: Mesh) -> tuple[dict[str, Tensor], Data]:
-        """One micro-batch: the parts, the terms, the backward pass. Returns each term's (sum, count) and the carried keys."""
+    def whole_batch(
+        self, number: int, micro: Callable[[int], Data], totals: Mapping[str, float], mesh: Mesh
+    ) -> Sequence[Share | None]:
+        """For each of ``number`` micro-batches, its share in the terms that are no sum over them (``scope: batch``); None: there
+        are none, or one micro-batch is the whole batch.
+
+        The features that the terms read are computed for every micro-batch without a graph and joined, the terms give their
+        gradients, and every micro-batch then goes forward a second time, with its own part of these (GradCache, Gao et al.,
+        arXiv:2101.06983): exact, and only features of the whole batch are in memory.
+
+        Args:
+            micro: makes micro-batch i, with torch's generators seeded for it: its two forwards draw the same.
+        """
+        terms = {name: loss for name, loss in self.losses.items() if loss.scope == "batch"}
+        if number == 1 or not terms:
+            return [None] * number
+        keys = dict.fromkeys(key for loss in terms.values() for key in loss.reads.values())
+        with torch.no_grad():
+            made = [{key: value for key, value in self._forward(micro(i)).items() if key in keys} for i in range(number)]
+        # a scalar is a parameter of the model, not of rows
+        joined = {key: made[0][key] if made[0][key].ndim == 0 else torch.cat([data[key] for data in made]) for key in made[0]}
+        leaves = {key: value.requires_grad_() for key, value in joined.items() if value.is_floating_point()}
+        with torch.enable_grad():
+            sums, plain = self._terms(terms, joined, totals, mesh)
+            objective = _total(self._weighted(plain))
+        grads: dict[str, Tensor] = {}
+        if objective is not None:
+            found = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
+            grads = {key: grad for key, grad in zip(leaves, found, strict=True) if grad is not None}
+        shares = [Share(sums if i == 0 else {}, {}, bool(plain)) for i in range(number)]
+        for key, grad in grads.items():
+            if grad.ndim == 0:
+                shares[0].gradients[key] = grad
+            else:
+                for share, part in zip(shares, grad.split([len(data[key]) for data in made]), strict=True):
+                    share.gradients[key] = part
+        return shares
+
+    def forward_backward(
+        self, data: Data, totals: Mapping[str, float], mesh: Mesh, share: Share | None = None
+    ) -> tuple[dict[str, Tensor], Data]:
+        """One micro-batch: the parts, the terms, the backward pass. Returns each term's (sum, count) and the carried keys.
+
+        ``share``: of ``whole_batch``, instead of the terms that it has computed.
+        """
+        data = self._forward(data)
+        here = {name: loss for name, loss in self.losses.items() if share is None or loss.scope != "batch"}
+        sums, plain = self._terms(here, data, totals, mesh)
+        weighted = self._weighted(plain)
+        if self.adaptive is not None:
+            term = self.adaptive.term  # its own weight multiplies the adaptive one, so it is balanced without it
+            weighted[term] = weighted[term] * self.adaptive.weight(weighted | {term: plain[term]}, mesh)
+        if share is not None:
+            sums |= share.sums
+            reached = {key: grad for key, grad in share.gradients.items() if data[key].requires_grad}
+            if share.trains and not reached:
+                raise UserError(_NO_GRADIENT.format(", ".join(name for name in self.losses if name not in here)))
+            weighted |= {f"share of {key}": (data[key] * grad).sum() for key, grad in reached.items()}
+        objective = _total(weighted)
+        assert objective is not None
+        objective.backward()
+        return sums, {key: data[key].detach() for key in self.keep}
+
+    def _forward(self, data: Data) -> Data:
         for name, part in self.parts.items():
             data = part(data, self.graphs[name])
-        objective: Tensor | None = None
+        return data
+
+    def _terms(
+        self, losses: Mapping[str, Loss], data: Data, totals: Mapping[str, float], mesh: Mesh
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Each term's (sum, count) for people, and the value of those with a weight, without it."""
         sums, plain = {}, {}
-        for name, loss in self.losses.items():
+        for name, loss in losses.items():
             value, count = loss.term(data, totals.get(name), mesh)
             if loss.weight is not None:
                 plain[name] = value / (count if isinstance(count, Tensor) else max(count, 1.0))
                 if torch.is_grad_enabled() and not plain[name].requires_grad:
-                    raise UserError(
-                        f"loss.{name} has a weight, but no gradient reaches a trained parameter (it goes through a Frozen, or "
-                        "all that it reads is data). Say `weight: null` if it is a metric."
-                    )
+                    raise UserError(_NO_GRADIENT.format(name))
             if not isinstance(count, Tensor):
                 # a fill: a copy from the host would wait for the device
                 count = torch.full((), count, dtype=torch.float64, device=value.device)
             sums[name] = torch.stack((value.detach().double(), count.detach().double()))
-        weighted = {name: (self.losses[name].weight or 0.0) * value for name, value in plain.items()}
-        if self.adaptive is not None:
-            term = self.adaptive.term  # its own weight multiplies the adaptive one, so it is balanced without it
-            weighted[term] = weighted[term] * self.adaptive.weight(weighted | {term: plain[term]}, mesh)
-        for value in weighted.values():
-            objective = value if objective is None else objective + value
-        assert objective is not None
-        objective.backward()
-        return sums, {key: data[key].detach() for key in self.keep}
+        return sums, plain
+
+    def _weighted(self, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: (self.losses[name].weight or 0.0) * value for name, value in plain.items()}
 
     def step(self, mesh: Mesh, lr_scale: float) -> tuple[Tensor, Tensor]:
         """Clip and step. Returns the gradient norm before clipping and whether the step was skipped, as device scalars."""
@@ -109,6 +168,31 @@ class Update:
             for update in updates:
                 for parameter in update.parameters.values():
                     parameter.requires_grad_(update is self)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What terms of the whole batch say to one micro-batch; see ``Update.whole_batch``."""
+
+    #: each term's (sum, count), in the first micro-batch's share alone
+    sums: Mapping[str, Tensor]
+    #: of the objective, by the keys of the features
+    gradients: dict[str, Tensor]
+    #: whether one of the terms has a weight
+    trains: bool
+
+
+_NO_GRADIENT = (
+    "loss.{} has a weight, but no gradient reaches a trained parameter (it goes through a Frozen, or all that it reads is data). "
+    "Say `weight: null` if it is a metric."
+)
+
+
+def _total(terms: Mapping[str, Tensor]) -> Tensor | None:
+    total: Tensor | None = None
+    for value in terms.values():
+        total = value if total is None else total + value
+    return total
 
 
 class AdaptiveWeight:
@@ -260,7 +344,7 @@ def refuse_split(updates: Sequence[Update], accumulation: int, pipeline: int) ->
     fix = "Raise batch.micro so that one micro-batch holds the rank's rows."
     for update in updates:
         for name, loss in update.losses.items():
-            if (loss.count_late and loss.weight is not None) or loss.scope == "batch":
+            if (loss.count_late and loss.weight is not None) or (loss.scope == "batch" and (pipeline > 1 or not loss.splits)):
                 why = "counts in the forward (count_late)" if loss.count_late else "is no sum over elements (scope: batch)"
                 raise UserError(f"loss.{name} {why}, so it refuses {accumulation} micro-batches per step. {fix}")
         if update.adaptive is not None:

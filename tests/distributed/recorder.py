@@ -49,6 +49,7 @@ TINY = {
         *("groups=2", "kept_groups=1", "kv_rank=8", "q_rank=12", "nope_dim=4", "rope_dim=4", "v_dim=6", "bias_rate=0.2"),
         *("loss.balance.weight=1.0", "loss.router_z.weight=0.1"),
     ],
+    "clip": [*_SIZE, "text_dim=16", "text_layers=1", "embed_dim=8", "patch=7", "image_size=14", "max_tokens=6"],
     # as it is shipped: without QK-norm
     "sit_shipped": [*_SIZE, "patch=7", "image_size=14"],
 }
@@ -60,6 +61,10 @@ _TEXTS = {"data.sets.train.source": {"_target_": "tests.distributed.toys.Texts"}
 DATA = {
     **dict.fromkeys((*TEXTS, "moe", "deepseek"), _TEXTS),
     "sit": _PICTURES,
+    "clip": {
+        "data.sets.train.source": {"_target_": "tests.distributed.toys.Pairs"},
+        "data.sets.train.process": {"_target_": "tests.distributed.toys.AsPair"},
+    },
     "sit_shipped": _PICTURES,
 }
 #: three steps in float64, with clipping, weight decay and a schedule that moves; a line per step

@@ -74,6 +74,31 @@ class AsPicture:
         return sample
 
 
+class Pairs(Drawn):
+    """Grey images with a caption of 1 to 6 tokens."""
+
+    def draw(self, generator: np.random.Generator) -> dict[str, Any]:
+        image = generator.uniform(-1, 1, (1, 14, 14)).astype(np.float32)
+        tokens = generator.integers(1, 6 + 1)
+        ids = generator.integers(0, 257, size=6) * (np.arange(6) < tokens)
+        return {"image": image, "text_ids": ids, "text_mask": np.arange(6) < tokens}
+
+
+class AsPair:
+    """The processor of ``Pairs``."""
+
+    unit = "images"
+
+    def keys(self) -> dict[str, KeySpec]:
+        text = {"text_ids": KeySpec(torch.int64, (6,)), "text_mask": KeySpec(torch.bool, (6,))}
+        return {"image": KeySpec(torch.float32, (1, 14, 14))} | text
+
+    def check(self) -> None: ...
+
+    def __call__(self, sample: dict[str, Any], visit: Any) -> dict[str, np.ndarray]:
+        return sample
+
+
 # ---- an autoencoder and a critic ------------------------------------------------------------------------------------------
 
 

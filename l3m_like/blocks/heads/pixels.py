@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 from l3m_like.blocks.preprocessors.patches import check_patch
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError
-from l3m_like.core.init import Init, Zeros
+from l3m_like.core.init import Init, Normal, Zeros
+from l3m_like.layers.mlp import MLP
 from l3m_like.layers.modulation import Modulation
-from l3m_like.layers.norm import LayerNorm
+from l3m_like.layers.norm import LayerNorm, make_norm, norm_spec
 from l3m_like.layers.patch_embed import unpatchify
 
 
@@ -64,3 +66,95 @@ class PatchDecode(ReadWriteBlock):
 
     def init_spec(self) -> dict[str, Init]:
         return {"proj.weight": Zeros(), "proj.bias": Zeros()}
+
+
+class PatchHead(ReadWriteBlock):
+    """Final norm and a linear map to the pixels of a patch, for each token; optionally through layers of MLPs (AIM,
+    arXiv:2401.08541, section 3.2).
+
+    Reads   hidden [B, S, D]
+    Writes  patches [B, S, p p C], inside a patch in the order (row, column, channel), or [B, S - 1, p p C]
+
+    Args:
+        dim: D.
+        patch, channels: p and C.
+        norm: "rms", or "layer": LayerNorm with weight and bias.
+        norm_eps: its epsilon, and that of the layers' norms.
+        drop: "first": leave out the first token (a class token); "last": the last one (which predicts what is not there).
+        layers: how many MLPs, each with a norm before it and a residual around it.
+        width: of these (None: D); a linear map brings tokens to it. The MLPs are four times as wide.
+        ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
+    """
+
+    outputs = ("patches",)
+
+    def __init__(
+        self,
+        dim: int,
+        patch: int,
+        channels: int,
+        norm: str = "layer",
+        norm_eps: float = 1e-6,
+        drop: str | None = None,
+        layers: int = 0,
+        width: int | None = None,
+        **ports: Any,
+    ) -> None:
+        super().__init__(**ports)
+        if drop not in (None, "first", "last"):
+            raise UserError(f"PatchHead: drop is '{drop}'; it is first, last or null.")
+        if width is not None and not layers:
+            raise UserError(f"PatchHead: width {width} is that of layers, and there are none; remove it.")
+        self.drop = drop
+        width = dim if width is None else width
+        self.inner = nn.Linear(dim, width) if layers else None
+        self.layers = nn.ModuleList(_TokenMLP(width, norm, norm_eps) for _ in range(layers))
+        self.norm = make_norm(norm, width, norm_eps)
+        self.proj = nn.Linear(width, patch * patch * channels)
+
+    def compute(self, hidden: Tensor) -> Tensor:
+        if self.drop is not None:
+            hidden = hidden[:, 1:] if self.drop == "first" else hidden[:, :-1]
+        if self.inner is not None:
+            hidden = self.inner(hidden.to(self.inner.weight.dtype))
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.proj(self.norm(hidden).to(self.proj.weight.dtype))
+
+    def shard_units(self) -> Iterable[nn.Module]:
+        return self.layers
+
+    def flops(self, hidden: Tensor) -> int:
+        tokens = hidden.shape[0] * (hidden.shape[1] - (self.drop is not None))
+        matrices = self.proj.weight.numel() + (0 if self.inner is None else self.inner.weight.numel())
+        units: list[Any] = list(self.layers)
+        return 2 * tokens * matrices + sum(unit.mlp.flops(tokens) for unit in units)
+
+    def tp_plan(self) -> dict[str, str]:
+        plan = {"norm": "replicated", "proj": "replicated"}
+        return plan if self.inner is None else plan | {"inner": "replicated"}
+
+    def optim_spec(self) -> dict[str, str | int]:
+        return {"proj.weight": "adamw"}
+
+    def init_spec(self) -> dict[str, Init]:
+        spec: dict[str, Init] = {"proj.weight": Normal(0.02), "proj.bias": Zeros()} | norm_spec("norm", self.norm)
+        return spec if self.inner is None else spec | {"inner.weight": Normal(0.02), "inner.bias": Zeros()}
+
+
+class _TokenMLP(nn.Module):
+    """``x + mlp(norm(x))``."""
+
+    def __init__(self, dim: int, norm: str, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = make_norm(norm, dim, norm_eps)
+        self.mlp = MLP(dim, ratio=4.0, activation="gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+    def tp_plan(self) -> dict[str, str]:
+        return {"norm": "replicated"}
+
+    def init_spec(self) -> dict[str, Init]:
+        return norm_spec("norm", self.norm)

@@ -13,6 +13,7 @@ from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Normal
 from l3m_like.layers.attention import Attention
+from l3m_like.core.random import uniform
 from l3m_like.layers.cache import StaticCache
 from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind
 from l3m_like.layers.moe import RouterLoads
@@ -31,7 +32,7 @@ class Transformer(ReadWriteBlock):
     Reads   tokens [B, S, D]; positions [B, S] int64 (without: 0, 1, 2, ...); document_ids [B, S] int (-1 = padding; without:
             one document per row); cu_seqlens [N + 1] int32, the borders of the documents (without: attention over documents
             takes a slower way); prefix_lengths [B] int64 (mask "prefix"); stages [B, S] int64 (mask "staged"); cache
-            (generation only; with a staged mask, tokens see all that is in it)
+            (generation only; with a staged mask, tokens see all that is in it); row [B] int64 (``drop_path`` in training)
     Writes  hidden [B, S, D]; if `writes` names them, what the routers of the L layers with experts did with every row, without
             padding: router_load [L, B, E], tokens per expert; router_probability [L, B, E], their summed scores; router_z [L, B]
 
@@ -48,6 +49,9 @@ class Transformer(ReadWriteBlock):
         kv_every: of the layers, the first and every so manieth after it has keys and values; those between have queries alone,
             and use the keys and values of the nearest layer below (cross-layer attention, Brandon et al., arXiv:2405.12981). A
             cache is smaller by as much.
+        drop_path: stochastic depth (Huang et al., arXiv:1603.09382): in training, the last layer's branches are left out of a row
+            with this chance, those of earlier layers with less, linearly from 0; what stays is scaled up.
+        seed: of the run, for ``drop_path``; what is left out is a function of (seed, stream, row).
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
@@ -65,12 +69,17 @@ class Transformer(ReadWriteBlock):
         pattern: Sequence[str] | Mapping[str, int | None] | None = None,
         depth_scaled_init: bool = False,
         kv_every: int = 1,
+        drop_path: float = 0.0,
+        seed: int | None = None,
         **ports: Any,
     ) -> None:
         super().__init__(**ports)
         if num_layers < 1:
             raise UserError(f"Transformer: num_layers must be at least 1, got {num_layers}.")
         check_kind(mask)
+        if not 0 <= drop_path < 1 or (drop_path > 0 and seed is None):
+            raise UserError(f"Transformer: drop_path is {drop_path}, at least 0 and below 1; above 0 it needs seed: ${{seed}}.")
+        self.drop_path, self.seed = drop_path, seed
         self.dim = dim
         self.rope = rope
         self.mask = mask
@@ -110,6 +119,7 @@ class Transformer(ReadWriteBlock):
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
         stages: Tensor | None = None,
+        row: Tensor | None = None,
         *,
         outputs: Sequence[str] = (),
     ) -> Tensor | dict[str, Tensor]:
@@ -131,6 +141,7 @@ class Transformer(ReadWriteBlock):
         entered = tokens
         if self.streams > 1:
             tokens = torch.stack([tokens] * self.streams)
+        keep = self._kept(row, tokens) if self.drop_path and self.training else None
         routings = []
         kv = None
         for index, layer in enumerate(self.layers):
@@ -141,7 +152,7 @@ class Transformer(ReadWriteBlock):
                 arguments.append(valid)
             if shares and index % self.kv_every:
                 arguments.append(kv)
-            out = layer(*arguments)
+            out = layer(*arguments, **({} if keep is None else {"keep": keep[index]}))
             tokens, *more = out if isinstance(out, tuple) else (out,)
             if routes:
                 routings.append(more.pop(0))
@@ -155,6 +166,15 @@ class Transformer(ReadWriteBlock):
             if self.training and torch.is_grad_enabled():
                 self.router_loads.add(written["router_load"])
         return {port: written[port] for port in outputs} if outputs else written["hidden"]
+
+    def _kept(self, row: Tensor | None, tokens: Tensor) -> Tensor:
+        """[L, 2, B]: 0 for a branch that is left out of a row, else 1 / probability that it stays."""
+        if row is None or self.seed is None:
+            raise UserError("Transformer: drop_path draws for each row; the data has no key 'row'.")
+        layers = len(self.layers)
+        drawn = uniform(row, (layers, 2), seed=self.seed, purpose=f"drop_path/{self.stream or ''}").permute(1, 2, 0)
+        stays = 1 - self.drop_path * torch.arange(layers, device=row.device) / max(layers - 1, 1)
+        return ((drawn < stays.view(-1, 1, 1)) / stays.view(-1, 1, 1)).to(tokens.dtype)
 
     def after_step(self, mesh: Any) -> None:
         self.router_loads.step(mesh.sum)
@@ -178,6 +198,7 @@ class Transformer(ReadWriteBlock):
         prefix_lengths: Tensor | None = None,
         cache: StaticCache | None = None,
         stages: Tensor | None = None,
+        row: Tensor | None = None,
     ) -> int:
         batch, length = tokens.shape[:2]
         start = cache.length if cache is not None else 0

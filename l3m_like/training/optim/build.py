@@ -83,6 +83,7 @@ def groups_of(
         groups=optim.groups,
         no_decay=optim.no_decay or (),
         factors=factors,
+        layer_decay=optim.layer_decay,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -27,6 +28,29 @@ def matching(patterns: str | Sequence[str], names: Iterable[str], where: str, ki
     return list(found)
 
 
+def depth_factors(names: Iterable[str], decay: float) -> dict[str, float]:
+    """``{name: factor on its learning rate}``, smaller the further from the output (Clark et al., arXiv:2003.10555): of L layers
+    of a trunk, number i (from 0) gets ``decay^(L - i)``, what is before the trunk ``decay^(L + 1)``.
+
+    A trunk is what has parameters ``PART.trunk.layers.i.``; before it is ``PART.noise`` and ``PART.preprocessor``. Heads keep 1.
+
+    Raises:
+        UserError: there is no such trunk.
+    """
+    names = list(names)
+    places = {name: match for name in names if (match := re.fullmatch(r"(.*?)trunk\.layers\.(\d+)\..*", name))}
+    depth: dict[str, int] = {}
+    for match in places.values():
+        depth[match[1]] = max(depth.get(match[1], 0), int(match[2]) + 1)
+    if not depth:
+        raise UserError("optim.layer_decay: no parameter is named trunk.layers.0; remove it.")
+    factors = {name: decay ** (depth[match[1]] - int(match[2])) for name, match in places.items()}
+    for part, layers in depth.items():
+        before = (f"{part}preprocessor.", f"{part}noise.")
+        factors |= {name: decay ** (layers + 1) for name in names if name.startswith(before)}
+    return factors
+
+
 def parameter_groups(
     parameters: Mapping[str, nn.Parameter],
     *,
@@ -35,12 +59,13 @@ def parameter_groups(
     groups: Mapping[str, Mapping[str, Any]] | None = None,
     no_decay: Sequence[str] = (),
     factors: Mapping[str, float] | None = None,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: disjoint, complete, each pattern matching something.
 
     Matrices decay; parameters with fewer than two dimensions (norms, biases) and those that ``no_decay`` names do not.
     A named group overrides both with its own ``lr_scale`` and ``weight_decay``. ``factors`` (muP) multiply a parameter's rate,
-    and divide its decay, so that what a step takes off the weight stays.
+    and divide its decay, so that what a step takes off the weight stays. ``layer_decay`` is that of ``depth_factors``.
     """
     owner: dict[str, str] = {}
     settings: dict[str, Mapping[str, Any]] = {}
@@ -51,6 +76,7 @@ def parameter_groups(
                 raise UserError(f"optim.groups: '{hit}' is in both '{owner[hit]}' and '{name}'; make the patterns disjoint.")
             owner[hit] = name
     exempt = set(matching(no_decay, parameters, "optim.no_decay")) if no_decay else set()
+    nearer = {} if layer_decay is None else depth_factors(parameters, layer_decay)
     made: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         group = settings.get(owner.get(name, ""), {})
@@ -58,7 +84,7 @@ def parameter_groups(
         decay = decay if group.get("weight_decay") is None else float(group["weight_decay"])
         factor = (factors or {}).get(name, 1.0)
         decay /= factor
-        rate = lr * float(group.get("lr_scale") or 1.0) * factor
+        rate = lr * float(group.get("lr_scale") or 1.0) * factor * nearer.get(name, 1.0)
         row = made.setdefault((rate, decay), {"params": [], "names": [], "lr": rate, "peak_lr": rate, "weight_decay": decay})
         row["params"].append(parameter)
         row["names"].append(name)
