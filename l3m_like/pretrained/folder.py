@@ -82,11 +82,13 @@ class Folder:
 
     @property
     def model_type(self) -> str:
-        """Of ``config.json``.
+        """Of ``config.json``; "timm" for a folder of timm's, which names an architecture instead.
 
         Raises:
             UserError: it names none.
         """
+        if "architecture" in self.config and "model_type" not in self.config:
+            return "timm"
         if "model_type" not in self.config:
             raise UserError(f"{self.path / CONFIG} has no model_type.")
         return self.config["model_type"]
