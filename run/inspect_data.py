@@ -55,10 +55,11 @@ def inspect(args: argparse.Namespace) -> int:
             remainder=cfg.data.remainder,
             most_bad=cfg.data.max_bad_samples,
         )
-    elif args.set in cfg.evals:
+    elif args.set in cfg.evals and cfg.evals[args.set].data is not None:
         seen = inspect_evaluation(cfg.instantiate(f"evals.{args.set}.data"), args.batches, batch=rows, seed=cfg.seed)
     else:
-        raise UserError(f"--set {args.set}: there is no such data. {did_you_mean(args.set, ['train', *cfg.evals])}")
+        known = ["train", *(name for name, evaluation in cfg.evals.items() if evaluation.data is not None)]
+        raise UserError(f"--set {args.set}: there is no such data. {did_you_mean(args.set, known)}")
     for name, value in seen.facts().items():
         print(f"{name:<14} {value}")
     out = args.out or Path(cfg.run.dir) / f"{cfg.experiment}_{args.set}.html"

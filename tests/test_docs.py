@@ -48,6 +48,7 @@ def test_command(page: str, command: str, needs: str | None, tmp_path: Path) -> 
     elif "run/launcher.py" in words and "--check" not in command and "--help" not in words:
         words += ["steps=2", "log.every=1", f"run.dir={tmp_path}"]
         words += [] if " data=" in command else ["evals.heldout.samples=8"]  # other data has no held-out part
+        words += ["sample.steps=2"] if any("sit" in word for word in words) else []  # pictures of samples are made too
     if words[0] == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -285,7 +285,8 @@ def expand_own_data(path: Path, overrides: Sequence[str]) -> list[str]:
             _without_outer_hydra(),
             hydra.initialize_config_dir(str(path.parent), version_base="1.3", job_name=path.stem),
         ):
-            return list(hydra.compose(config_name=path.stem, overrides=[search_path_override(folders)]).get("evals") or {})
+            found = hydra.compose(config_name=path.stem, overrides=[search_path_override(folders)]).get("evals") or {}
+            return [name for name, evaluation in unresolved(found).items() if evaluation and evaluation.get("data")]
 
     return own_data.expand(overrides, parse_overrides(overrides), folders, evaluations)
 

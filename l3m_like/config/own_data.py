@@ -1,7 +1,7 @@
 """Own data in one override: ``data=image_folder data.path=/data/cats``.
 
 A file ``data/NAME.yaml`` (shipped, or beside the user's config) says what replaces ``source``, and if need be ``process`` and
-``pack``, of ``data.train``; ``${data.path}`` and ``${data.folder}`` in it are the command line's. Evaluations read
+``pack``, of ``data.train``; ``${data.path}`` and ``${data.folder}`` in it are the command line's. Evaluations on data read
 ``data.heldout``, and without it they are left out: what is trained on is not what is evaluated on.
 """
 
@@ -26,7 +26,7 @@ def expand(overrides: Sequence[str], parsed: Sequence[Any], folders: Sequence[Pa
     Args:
         overrides, parsed: the command line's, as text and as Hydra's objects.
         folders: where ``data/NAME.yaml`` is looked for.
-        evals: gives the names of the run's evaluations.
+        evals: gives the names of the run's evaluations that read data.
 
     Raises:
         UserError: an unknown name, or no ``data.path``.

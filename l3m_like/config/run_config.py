@@ -157,8 +157,14 @@ class RunConfig:
         self.model = targets.check(self.model, "model", origins)
         self.loss = _named_targets(self.loss, "loss", origins)
         for name, evaluation in self.evals.items():
-            _need_target(evaluation.data, f"evals.{name}.data", origins)
-            evaluation.data = targets.check(evaluation.data, f"evals.{name}.data", origins, supplied=True)
+            if evaluation.data is not None:
+                _need_target(evaluation.data, f"evals.{name}.data", origins)
+                evaluation.data = targets.check(evaluation.data, f"evals.{name}.data", origins, supplied=True)
+            if evaluation.run is not None:
+                _need_target(evaluation.run, f"evals.{name}.run", origins)
+                evaluation.run = targets.check(
+                    evaluation.run, f"evals.{name}.run", origins, supplied=evaluation.data is not None
+                )
             if evaluation.loss is not None:
                 evaluation.loss = _named_targets(evaluation.loss, f"evals.{name}.loss", origins)
         if self.sample is not None:

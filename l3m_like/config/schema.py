@@ -343,12 +343,21 @@ class Log:
 
 @dataclass(kw_only=True)
 class Eval:
-    """One evaluation."""
+    """One evaluation: terms over held-out data, or what an object of `l3m_like.evaluations` does (`run`)."""
 
-    data: dict[str, Any] = setting(doc="The dataset (a `_target_`, as in `data`).")
+    data: dict[str, Any] | None = setting(None, "The dataset (a `_target_`, as in `data`). With `run`: where that needs one.")
+    run: dict[str, Any] | None = setting(None, "The object that evaluates (a `_target_`). null: `loss` over `data`.")
     every: int | None = setting(None, "Steps between evaluations. null: only at the end.", at_least=1)
     loss: dict[str, Any] | None = setting(None, "Losses and metrics (named, as in `loss`). null: those of the run.")
     samples: int | None = setting(None, "Rows that are read. null: the whole set.", at_least=1)
+
+    def problem(self) -> str | None:
+        if self.run is None and self.data is None:
+            return "data must be given: the dataset that is evaluated on (or `run`, an object that evaluates)."
+        for name in ("loss", "samples"):
+            if self.run is not None and getattr(self, name) is not None:
+                return f"{name} belongs to evaluations without `run`, and nothing would read it. Remove it."
+        return None
 
 
 @dataclass(kw_only=True)

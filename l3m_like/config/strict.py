@@ -121,7 +121,9 @@ def convert(hint: Any, value: Any, path: str, where: Where, field: dataclasses.F
             _, item = typing.get_args(option)
             if metadata.get("section"):
                 return {str(k): to_plain(build(metadata["section"], v, join(path, k), where)) for k, v in value.items()}
-            return {str(k): v if item is Any else convert(item, v, join(path, k), where) for k, v in value.items()}
+            # `{heldout: null}`: not this one of a file's defaults
+            entries = {k: v for k, v in value.items() if v is not None or not dataclasses.is_dataclass(item)}
+            return {str(k): v if item is Any else convert(item, v, join(path, k), where) for k, v in entries.items()}
         fitted = scalar(option, value)
         if fitted is not None:
             _check_bounds(fitted, metadata, path, where)

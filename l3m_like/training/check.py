@@ -121,7 +121,7 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
             refuse_hidden(cfg.parallel.checkpoint, compiled=cfg.parallel.compile)
         sharded = _check_mesh(cfg, run, mesh)
         inference = _check_sampler(cfg, run.model)
-        evaluations = Evaluations(cfg, run.parts, run.losses, mesh, run.micro_rows)
+        evaluations = Evaluations(cfg, run.model, run.losses, mesh, run.micro_rows)
         data, missing = _check_data(cfg, run, evaluations, skip=model_only)
         left: list[str] = []
         missing |= _check_start(cfg, run.model, left)
@@ -256,7 +256,7 @@ def _check_sampler(cfg: RunConfig, model: nn.Module) -> str:
 
 def _check_data(cfg: RunConfig, run: Plan, evaluations: Evaluations, *, skip: bool) -> tuple[list[str], dict[str, str]]:
     """One real sample of every dataset against its declaration: lines for the report, and ``{dataset: path not found}``."""
-    datasets = {"data.train": run.dataset} | {f"evals.{name}.data": found[0] for name, found in evaluations.plans.items()}
+    datasets = {"data.train": run.dataset} | {f"evals.{name}.data": found for name, found in evaluations.datasets.items()}
     datasets |= {f"data.{name}": cfg.instantiate(f"data.{name}") for name in cfg.data.sets if name != "train"}
     lines, missing = [], {}
     for name, dataset in datasets.items():
@@ -271,6 +271,12 @@ def _check_data(cfg: RunConfig, run: Plan, evaluations: Evaluations, *, skip: bo
             lines.append(f"{name}: NOT CHECKED ({error.path})")
             with contextlib.suppress(DataMissing):  # the tokenizer's file may be here though the text is not
                 dataset.process.check()
+    for name in evaluations.objects:
+        try:
+            evaluations.check(name)
+        except DataMissing as error:
+            missing[f"evals.{name}.run"] = error.path
+            lines.append(f"evals.{name}.run: NOT CHECKED ({error.path})")
     return lines, missing
 
 
@@ -300,7 +306,8 @@ def _check_start(cfg: RunConfig, model: nn.Module, warnings: list[str]) -> dict[
 
 def _trace_evaluations(cfg: RunConfig, run: Plan, evaluations: Evaluations) -> None:
     """The shapes of every evaluation's graph that differs from training's."""
-    for name, (dataset, losses, _) in evaluations.plans.items():
+    for name, (losses, _) in evaluations.plans.items():
+        dataset = evaluations.datasets[name]
         if cfg.evals[name].loss is not None or dataset.keys() != run.wiring.provided:
             Trace(check_wiring([Program(f"evals.{name}", run.parts, losses)], dataset.keys(), cfg.keep), run.micro_rows)
 

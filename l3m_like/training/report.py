@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from l3m_like.core.errors import UserError
+from l3m_like.evaluations.evaluation import Findings
 from l3m_like.training.metrics import Console, MetricsLog, read_metrics, short, window_rates
 from l3m_like.training.trackers import open_trackers
 
@@ -97,31 +99,40 @@ class Reporter:
         """Note samples that were left out after the last step."""
         self.metrics.left_out(step, samples)
 
-    def evaluation(self, step: int, name: str, values: Mapping[str, float]) -> None:
-        """Report the ``values`` of the evaluation ``name`` as ``<name>/<value>``."""
+    def evaluation(self, step: int, name: str, found: Findings) -> None:
+        """Report what the evaluation ``name`` found as ``<name>/<key>``; its notes go into the report's facts too."""
         if not self.is_main:
             return
-        named = {f"{name}/{key}": value for key, value in values.items()}
-        self.metrics.write([{"step": step, "evaluation": name, **named}])
+        named = {f"{name}/{key}": value for key, value in found.values.items()}
+        notes = {f"{name}/{key}": note for key, note in found.notes.items()}
+        paths = {f"{name}/{key}": self.image(step, f"{name}/{key}", image) for key, image in found.images.items()}
+        pictures = {"images": {key: path.relative_to(self.run_dir).as_posix() for key, path in paths.items()}} if paths else {}
+        self.stamp |= notes
+        self.metrics.write([{"step": step, "evaluation": name, **named, **notes, **pictures}])
         if self.console is not None:
-            self.console.print(f"step {step}  " + "  ".join(f"{key} {value:.4f}" for key, value in named.items()))
-        for tracker in self.trackers:
+            said = [f"{key} {value:.4f}" for key, value in named.items()]
+            said += [f"{key} {text}" for key, text in (notes | {key: str(path) for key, path in paths.items()}).items()]
+            self.console.print(f"step {step}  " + "  ".join(said))
+        for tracker in self.trackers if named else ():
             tracker.scalars(step, named)
 
-    def image(self, step: int, name: str, array: np.ndarray) -> None:
-        """Save a uint8 [H, W, 1 or 3] image as ``images/<name>_<step>.png``; the report shows the newest of each name."""
+    def image(self, step: int, name: str, image: Tensor | np.ndarray | Path) -> Path:
+        """Save a picture, uint8 [H, W, 1 or 3] or a file, as ``images/<name>_<step>.png``, and give it to the trackers; the
+        report shows the newest of each name."""
+        path = self.run_dir / "images" / f"{name.replace('/', '_')}_{step:08d}.png"
         if not self.is_main:
-            return
+            return path
         from PIL import Image
 
+        array = np.asarray(Image.open(image).convert("RGB")) if isinstance(image, Path) else np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3):
             raise UserError(f"image '{name}': expected uint8 [H, W, 1 or 3], got {array.dtype} {list(array.shape)}.")
         array = np.broadcast_to(array, (*array.shape[:2], 3)).copy()
-        path = self.run_dir / "images" / f"{name.replace('/', '_')}_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(array).save(path)
         for tracker in self.trackers:
             tracker.image(step, name, array)
+        return path
 
     def sync(self) -> None:
         """Make what was reported survive a crash of the machine (a kill of the process it survives anyway)."""

@@ -200,7 +200,9 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     shape = cfg.schedule
     schedule = Schedule(shape.name, total=steps, warmup=shape.warmup, decay=shape.decay, floor=shape.floor)
     flops = StepFlops(run.trace, cfg.parallel.checkpoint)
-    evaluations = Evaluations(cfg, parts, run.losses, mesh, run.micro_rows)
+    evaluations = Evaluations(cfg, run.model, run.losses, mesh, run.micro_rows)
+    for name in evaluations.objects:
+        evaluations.check(name)
     stamp = cfg.facts() | {"mesh": str(mesh), "random_weights": random_weights(parts.values())}
     stamp["parameters"] = sum(p.numel() for p in trainable.values())
     peak = peak_flops(mesh)
@@ -268,9 +270,9 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             bad_samples = watch_bad_samples(rows, bad_samples, cfg.data.max_bad_samples)
             final |= {"step": step, "loss": rows[-1]["loss"]}
             pending.clear()
-            for name, values in evaluations.run(step, ema, last=over):
-                reporter.evaluation(step, name, values)
-                final |= {f"{name}/{key}": value for key, value in values.items()}
+            for name, found in evaluations.run(step, ema, last=over):
+                reporter.evaluation(step, name, found)
+                final |= {f"{name}/{key}": value for key, value in found.values.items()}
             if saving:
                 lanes = {lane: state for states in gather_objects(batch.state) for lane, state in states.items()}
                 counted = {"bad_steps": bad_steps, "bad_samples": bad_samples}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from l3m_like.core.errors import UserError
+from l3m_like.evaluations import Findings
 from l3m_like.training.metrics import Console, MetricsLog, clock, read_metrics, short, truncate, window_rates
 from l3m_like.training.report import Reporter, write_report
 from l3m_like.training.trackers import Aim, Wandb, wandb_settings
@@ -267,7 +268,7 @@ def test_a_run_from_start_to_report(tmp_path, capsys):
     reporter = Reporter(settings(console=True), run, True, 0, stamp, total=20, peak_flops=1e11)
     for start in (1, 11):
         reporter.steps([row(step) for step in range(start, start + 10)])
-        reporter.evaluation(start + 9, "heldout", {"loss": 1.5, "loss/next_token": 1.5})
+        reporter.evaluation(start + 9, "heldout", Findings({"loss": 1.5, "loss/next_token": 1.5}))
     reporter.image(10, "samples", np.zeros((8, 8, 3), np.uint8))
     reporter.image(20, "samples", np.full((8, 8, 1), 255, np.uint8))
     reporter.sync()
@@ -295,7 +296,7 @@ def test_a_run_from_start_to_report(tmp_path, capsys):
 def test_other_ranks_write_nothing(tmp_path):
     reporter = Reporter(settings(console=True, tensorboard=True), tmp_path / "run", False, 0, {})
     reporter.steps([row(1)])
-    reporter.evaluation(1, "heldout", {"loss": 1.0})
+    reporter.evaluation(1, "heldout", Findings({"loss": 1.0}))
     reporter.image(1, "grid", np.zeros((4, 4, 3), np.uint8))
     reporter.sync()
     reporter.close({})

@@ -1,0 +1,11 @@
+"""Evaluations that do more than sum terms over held-out data: they sample, or compare whole sets of images or features."""
+
+from l3m_like.core.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "evaluation": ["Evaluation", "Findings"],
+        "sample_grid": ["SampleGrid"],
+    },
+)
