@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "evaluation": ["Evaluation", "Findings"],
+        "reconstruction": ["Reconstruction"],
         "sample_grid": ["SampleGrid"],
     },
 )
