@@ -47,7 +47,7 @@ PARAMETERS = {
     "vit_l16": 304_326_632,
 }
 MOST_LINES = {
-    "llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "dream_7b": 16,
+    "llm": 70, "sit": 90, "rae": 140, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "dream_7b": 16,
     "clip": 110, "siglip": 20, "vit": 90, "mae": 100, "aimv1": 80, "aimv2": 135, "aimv2_moe": 20,
 }
 #: trained by the slow tests alone
@@ -76,7 +76,9 @@ def test_plan(path: Path) -> None:
     if path.stem in PARAMETERS:
         assert sum(parameter.numel() for parameter in parameters.values()) == PARAMETERS[path.stem]
     for name, evaluation in cfg.evals.items():
-        cfg.instantiate(f"evals.{name}.data") if evaluation.run is None else cfg.instantiate(f"evals.{name}.run")
+        data = {} if evaluation.data is None else {"data": cfg.instantiate(f"evals.{name}.data")}
+        if evaluation.run is not None:
+            cfg.instantiate(f"evals.{name}.run", **data)
     if cfg.sample is not None:
         cfg.instantiate("sample")
     assert run.steps and run.micro_rows * run.accumulation == cfg.batch.global_

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy(
         "extractors": ["EfficientNetLite0", "Inception"],
         "probes": ["NearestNeighbours", "LinearProbe", "AttentiveProbe"],
         "reconstruction_quality": ["ReconstructionQuality"],
+        "reconstruction": ["Reconstruction"],
         "sample_grid": ["SampleGrid"],
         "sample_quality": ["SampleQuality"],
         "zero_shot": ["ZeroShot"],

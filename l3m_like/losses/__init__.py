@@ -15,6 +15,8 @@ __getattr__, __dir__, __all__ = lazy(
         "flow": ["FlowMatching"],
         "pixels": ["PatchRegression"],
         "router": ["LoadBalance", "RowLoadBalance", "ImageLoadBalance", "RouterZ", "LoadViolation"],
+        "reconstruction": ["PixelL1", "MeanLPIPS", "PSNR"],
+        "adversarial": ["FoolDiscriminator", "TellApart"],
         "distillation": ["Distillation"],
         "masked_diffusion": ["MaskedDiffusion", "MaskedNLL"],
     },

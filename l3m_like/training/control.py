@@ -86,4 +86,4 @@ def micro_batch(
     """
     low, high = key_of(seed, f"step/{step}/{number}/{mesh.dp_rank}")
     torch.manual_seed((high << 31) ^ low)
-    return to_device(batch.micro[number], mesh.device) | carried[number]
+    return {**to_device(batch.micro[number], mesh.device), **carried[number]}

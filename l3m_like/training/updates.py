@@ -21,6 +21,7 @@ from l3m_like.core.meta_model import Graph, MetaModel
 from l3m_like.core.wiring import Program
 from l3m_like.distributed.gradients import gradient_norm, sum_partial_gradients, tp_summed_parameters
 from l3m_like.distributed.mesh import Mesh
+from l3m_like.distributed.parallelize import reshard
 from l3m_like.losses.loss import Loss
 from l3m_like.training.optim import Guard, build_optimizer, matching
 
@@ -38,13 +39,15 @@ class Update:
     every: int = 1
     precision: str = "fp32"
     adaptive: AdaptiveWeight | None = None
+    #: of the parts, those that run as at inference
+    inference: Sequence[str] = ()
     graphs: Mapping[str, Graph] = field(default_factory=dict)
     keep: tuple[str, ...] = ()
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def program(self) -> Program:
-        return Program(self.name, self.parts, self.losses)
+        return Program(self.name, self.parts, self.losses, inference=self.inference)
 
     def active(self, step: int) -> bool:
         return step >= self.start and (step - self.start) % self.every == 0
@@ -57,8 +60,22 @@ class Update:
             self.adaptive.refuse_cut(self.name)
         self.tp_summed = tp_summed_parameters(self.parts.values())
 
+    def _needed(self, step: int) -> tuple[list[str], dict[str, Loss]]:
+        """The parts and the terms that run at ``step``: terms that have begun, and parts that they, or later updates, read."""
+        losses = {name: loss for name, loss in self.losses.items() if step >= loss.start}
+        if len(losses) == len(self.losses):
+            return list(self.parts), losses
+        read = {key for loss in losses.values() for key in loss.reads.values()} | set(self.keep)
+        parts: list[str] = []
+        for name in reversed(list(self.parts)):
+            graph = self.graphs[name]
+            if read & {key for step in graph.steps for key in step.block.writes_in(graph.inference).values()}:
+                read |= {key for step in graph.steps for key in step.block.reads.values()}
+                parts.insert(0, name)
+        return parts, losses
+
     def whole_batch(
-        self, number: int, micro: Callable[[int], Data], totals: Mapping[str, float], mesh: Mesh
+        self, number: int, micro: Callable[[int], Data], totals: Mapping[str, float], mesh: Mesh, step: int = 0
     ) -> Sequence[Share | None]:
         """For each of ``number`` micro-batches, its share in the terms that are no sum over them (``scope: batch``); None: there
         are none, or one micro-batch is the whole batch.
@@ -70,12 +87,13 @@ class Update:
         Args:
             micro: makes micro-batch i, with torch's generators seeded for it: its two forwards draw the same.
         """
-        terms = {name: loss for name, loss in self.losses.items() if loss.scope == "batch"}
+        parts, losses = self._needed(step)
+        terms = {name: loss for name, loss in losses.items() if loss.scope == "batch"}
         if number == 1 or not terms:
             return [None] * number
         keys = dict.fromkeys(key for loss in terms.values() for key in loss.reads.values())
         with torch.no_grad():
-            made = [{key: value for key, value in self._forward(micro(i)).items() if key in keys} for i in range(number)]
+            made = [{key: value for key, value in self._forward(parts, micro(i)).items() if key in keys} for i in range(number)]
         # a scalar is a parameter of the model, not of rows
         joined = {key: made[0][key] if made[0][key].ndim == 0 else torch.cat([data[key] for data in made]) for key in made[0]}
         leaves = {key: value.requires_grad_() for key, value in joined.items() if value.is_floating_point()}
@@ -96,33 +114,34 @@ class Update:
         return shares
 
     def forward_backward(
-        self, data: Data, totals: Mapping[str, float], mesh: Mesh, share: Share | None = None
+        self, data: Data, totals: Mapping[str, float], mesh: Mesh, step: int = 0, share: Share | None = None
     ) -> tuple[dict[str, Tensor], Data]:
         """One micro-batch: the parts, the terms, the backward pass. Returns each term's (sum, count) and the carried keys.
 
         ``share``: of ``whole_batch``, instead of the terms that it has computed.
         """
-        data = self._forward(data)
-        here = {name: loss for name, loss in self.losses.items() if share is None or loss.scope != "batch"}
+        parts, losses = self._needed(step)
+        data = self._forward(parts, data)
+        here = {name: loss for name, loss in losses.items() if share is None or loss.scope != "batch"}
         sums, plain = self._terms(here, data, totals, mesh)
         weighted = self._weighted(plain)
-        if self.adaptive is not None:
+        if self.adaptive is not None and self.adaptive.term in here:
             term = self.adaptive.term  # its own weight multiplies the adaptive one, so it is balanced without it
             weighted[term] = weighted[term] * self.adaptive.weight(weighted | {term: plain[term]}, mesh)
         if share is not None:
             sums |= share.sums
             reached = {key: grad for key, grad in share.gradients.items() if data[key].requires_grad}
             if share.trains and not reached:
-                raise UserError(_NO_GRADIENT.format(", ".join(name for name in self.losses if name not in here)))
+                raise UserError(_NO_GRADIENT.format(", ".join(name for name in losses if name not in here)))
             weighted |= {f"share of {key}": (data[key] * grad).sum() for key, grad in reached.items()}
         objective = _total(weighted)
         assert objective is not None
         objective.backward()
         return sums, {key: data[key].detach() for key in self.keep}
 
-    def _forward(self, data: Data) -> Data:
-        for name, part in self.parts.items():
-            data = part(data, self.graphs[name])
+    def _forward(self, parts: Sequence[str], data: Data) -> Data:
+        for name in parts:
+            data = self.parts[name](data, self.graphs[name])
         return data
 
     def _terms(
@@ -160,6 +179,8 @@ class Update:
         for part in self.parts.values():
             for _, block in part.blocks():
                 block.after_step(mesh)
+            # a part that ran without a backward pass would stay gathered, with the gradients that this update asks for
+            reshard(part)
         return norm, bad
 
     def train_only_own(self, updates: Sequence[Update]) -> None:
@@ -262,11 +283,21 @@ def plan_updates(cfg: Any, parts: Mapping[str, MetaModel], losses: Mapping[str, 
                 )
             owner[term] = name
         chosen = {part: parts[part] for part in update.parts or parts}
+        for part in update.inference:
+            if part not in chosen:
+                raise UserError(f"updates.{name}.inference: '{part}' is none of its parts. {did_you_mean(part, chosen)}")
         terms = {term: losses[term] for term in update.terms or losses}
         if all(loss.weight is None for loss in terms.values()):
             raise UserError(f"updates.{name}: none of its terms has a weight, so it would train nothing.")
+        first = min(loss.start for loss in terms.values() if loss.weight is not None)
+        if first > update.start:
+            raise UserError(
+                f"updates.{name} runs from step {update.start}, but its first term with a weight starts at {first}: give the "
+                "update that `start`."
+            )
         made = Update(name, chosen, terms, update.params or ["*"], update.settings(cfg.optim), update.start, update.every)
         made.precision = cfg.parallel.precision
+        made.inference = tuple(update.inference)
         if update.adaptive:
             made.adaptive = _adaptive(name, update.adaptive, terms)
             made.adaptive.attach(chosen)

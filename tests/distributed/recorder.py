@@ -50,6 +50,11 @@ TINY = {
         *("loss.balance.weight=1.0", "loss.router_z.weight=0.1"),
     ],
     "clip": [*_SIZE, "text_dim=16", "text_layers=1", "embed_dim=8", "patch=7", "image_size=14", "max_tokens=6"],
+    # two updates; the discriminator begins at the second of three steps
+    "rae": [
+        *(*_SIZE, "patch=7", "image_size=14", "latent_channels=8", "mlp_dim=24", "noise=0.5", "critic_start=1", "fool_start=1"),
+        "encoder_arguments={img_size: 14, patch_size: 7, embed_dim: 8, depth: 1, num_heads: 2}",
+    ],
     # as it is shipped: without QK-norm
     "sit_shipped": [*_SIZE, "patch=7", "image_size=14"],
 }
@@ -65,6 +70,7 @@ DATA = {
         "data.sets.train.source": {"_target_": "tests.distributed.toys.Pairs"},
         "data.sets.train.process": {"_target_": "tests.distributed.toys.AsPair"},
     },
+    "rae": _PICTURES,
     "sit_shipped": _PICTURES,
 }
 #: three steps in float64, with clipping, weight decay and a schedule that moves; a line per step

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Normal
-from l3m_like.layers.attention import Attention
 from l3m_like.core.random import uniform
+from l3m_like.layers.attention import Attention
 from l3m_like.layers.cache import StaticCache
 from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind
 from l3m_like.layers.moe import RouterLoads
