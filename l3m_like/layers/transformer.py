@@ -66,25 +66,12 @@ class TransformerLayer(nn.Module):
 
         ``keep`` [2, B]: factors on what the mixer and the MLP add to each row (stochastic depth).
         """
-        mixed, *given = self._mixed(self.norm_1(x), rope, mask, cache, kv)
+        mixed = self.mixer(self.norm_1(x), rope, mask, cache, *(() if kv is None else (kv,)))
+        mixed, *given = mixed if isinstance(mixed, tuple) else (mixed,)
         normed, x = self.norm_2(mixed if keep is None else mixed * keep[0].view(-1, 1, 1), residual=x)
         out, *routing = self.mlp(normed, valid) if self.routes else (self.mlp(normed),)
         x = x + (out if keep is None else out * keep[1].view(-1, 1, 1))
         return (x, *routing, *given) if routing or given else x
-
-    def _mixed(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: LoweredMask | None,
-        cache: LayerCache | None,
-        kv: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Any, ...]:
-        """(mixed,), or (mixed, kv) of a mixer that gives its keys and values."""
-        if kv is not None:
-            return (self.mixer(x, rope, mask, cache, kv),)
-        mixed = self.mixer(x, rope, mask, cache)
-        return mixed if isinstance(mixed, tuple) else (mixed,)
 
     def flops(self, tokens: int, pairs: int) -> int:
         return self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)

@@ -56,7 +56,7 @@ def base_of(state: dict[str, Tensor]) -> nn.Module:
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     config = Qwen3Config(
-        **sizes, intermediate_size=24, vocab_size=257, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        **sizes, intermediate_size=24, vocab_size=258, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         tie_word_embeddings=True, attn_implementation="eager",
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).eval()

@@ -42,6 +42,7 @@ def test_shifted_outputs_are_those_of_the_language_model(run: Path) -> None:
         check_values(said[:, 11], expected[:, 10])  # the mask's own place
 
 
+@pytest.mark.slow
 def test_it_trains_on_in_both_directions(run: Path, tmp_path: Path) -> None:
     metrics = {}
     for name, begin in (("warm", [f"+init.from={run}"]), ("cold", [])):

@@ -148,18 +148,17 @@ class Transformer(ReadWriteBlock):
         kv = None
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
-            arguments = [tokens, rope, masks.of(layer), layer_cache]
-            routes, shares = getattr(layer, "routes", False), self.kv_every > 1
-            if routes or shares:
-                arguments.append(valid)
-            if shares and index % self.kv_every:
-                arguments.append(kv)
-            out = layer(*arguments, **({} if keep is None else {"keep": keep[index]}))
-            tokens, *more = out if isinstance(out, tuple) else (out,)
-            if routes:
-                routings.append(more.pop(0))
-            if more:
-                (kv,) = more
+            more: dict[str, Any] = {"valid": valid} if getattr(layer, "routes", False) else {}
+            if index % self.kv_every:
+                more["kv"] = kv
+            if keep is not None:
+                more["keep"] = keep[index]
+            out = layer(tokens, rope, masks.of(layer), layer_cache, **more)
+            tokens, *rest = out if isinstance(out, tuple) else (out,)
+            if "valid" in more:
+                routings.append(rest.pop(0))
+            if rest:
+                (kv,) = rest
         if cache is not None:
             cache.end(entered)
         written = {"hidden": tokens if self.streams == 1 else tokens[0]}
