@@ -82,16 +82,21 @@ def test_nothing_overlaps() -> None:
 def documented() -> dict[str, tuple[str, list[str], list[str]]]:
     """``{key: (dtype, dimensions, further cells)}`` of docs/keys.md."""
     text = (ROOT / "docs" / "keys.md").read_text("utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| \[(.*?)\] \| (.*) \|$", text, re.MULTILINE)
-    return {key: (dtype, dims.split(", "), [c.strip() for c in rest.split(" | ")]) for key, dtype, dims, rest in rows}
+    rows = re.findall(r"^\| (`[\w`, ]+`) \| (\w+) \| \[(.*?)\] \| (.*) \|$", text, re.MULTILINE)
+    return {
+        key: (dtype, [dim for dim in dims.split(", ") if dim], [c.strip() for c in rest.split(" | ")])
+        for keys, dtype, dims, rest in rows
+        for key in re.findall(r"\w+", keys)
+        if not key.startswith(("_", "paired_", "teacher_"))
+    }
 
 
 #: experiments whose keys are all in the table
-DOCUMENTED = ("llm", "sit", "deepseek", "dllm")
+DOCUMENTED = ("llm", "sit", "deepseek", "dllm", "clip", "vit", "mae", "aimv2")
 #: whose keys of streams of their own (`paired_...`, `teacher_...`) share a row
 OTHERS = ("block_diffusion", "distill")
 #: written at inference, by a teacher's `top_k`, and by a source that only evaluations have
-OPTIONAL = {"text_logits", "text_teacher_logprobs", "text_teacher_ids", "text_answer", "text_choice_bytes"}
+OPTIONAL = {"text_logits", "text_teacher_logprobs", "text_teacher_ids", "text_answer", "text_choice_bytes", "logit_bias"}
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

@@ -32,6 +32,7 @@ _TEXT = [
     *(*_SIZE, *_WORDS, "kv_heads=2", "head_dim=8", "mlp_dim=24", "sequence=32"),
     *("model.trunk.layer.mixer.bias=true", "data.train.pack.max_documents=2"),
 ]
+_IMAGE = ["patch=7", "image_size=14"]
 _MOE = [*_WORDS, "kv_heads=2", "head_dim=8", "mlp_dim=12", "sequence=32", "experts=4", "loss.balance.weight=1.0"]
 #: experiments on text that differ from `llm` in their noise
 TEXTS = ("llm", "dllm", "block_diffusion")
@@ -49,7 +50,14 @@ TINY = {
         *("groups=2", "kept_groups=1", "kv_rank=8", "q_rank=12", "nope_dim=4", "rope_dim=4", "v_dim=6", "bias_rate=0.2"),
         *("loss.balance.weight=1.0", "loss.router_z.weight=0.1"),
     ],
-    "clip": [*_SIZE, "text_dim=16", "text_layers=1", "embed_dim=8", "patch=7", "image_size=14", "max_tokens=6"],
+    "clip": [*_SIZE, *_IMAGE, *_WORDS, "text_dim=16", "text_layers=1", "embed_dim=8", "max_tokens=6"],
+    "vit": [*_SIZE, *_IMAGE, "classes=10", "drop_path=0.3", "mixed=1.0"],
+    "mae": [*_SIZE, *_IMAGE, "ratio=0.5", "decoder_dim=16", "decoder_layers=1", "decoder_heads=2"],
+    "aimv1": [*_SIZE, *_IMAGE, "head_layers=1", "head_dim=24"],
+    "aimv2": [
+        *(*_SIZE, *_IMAGE, *_WORDS, "mlp_dim=24", "max_tokens=6"),
+        *("decoder_dim=16", "decoder_layers=1", "decoder_heads=2", "decoder_mlp_dim=24"),
+    ],
     # two updates; the discriminator begins at the second of three steps
     "rae": [
         *(*_SIZE, "patch=7", "image_size=14", "latent_channels=8", "mlp_dim=24", "noise=0.5", "critic_start=1", "fool_start=1"),
@@ -62,15 +70,16 @@ _PICTURES = {
     "data.sets.train.source": {"_target_": "tests.distributed.toys.Pictures"},
     "data.sets.train.process": {"_target_": "tests.distributed.toys.AsPicture"},
 }
+_PAIRS = {
+    "data.sets.train.source": {"_target_": "tests.distributed.toys.Pairs"},
+    "data.sets.train.process": {"_target_": "tests.distributed.toys.AsPair"},
+}
 _TEXTS = {"data.sets.train.source": {"_target_": "tests.distributed.toys.Texts"}}
 DATA = {
     **dict.fromkeys((*TEXTS, "moe", "deepseek"), _TEXTS),
     "sit": _PICTURES,
-    "clip": {
-        "data.sets.train.source": {"_target_": "tests.distributed.toys.Pairs"},
-        "data.sets.train.process": {"_target_": "tests.distributed.toys.AsPair"},
-    },
-    "rae": _PICTURES,
+    **dict.fromkeys(("vit", "mae", "aimv1", "rae"), _PICTURES),
+    **dict.fromkeys(("clip", "aimv2"), _PAIRS),
     "sit_shipped": _PICTURES,
 }
 #: three steps in float64, with clipping, weight decay and a schedule that moves; a line per step

@@ -74,7 +74,7 @@ class CaptionedImage(Pixels):
             self.image_keys()
             | label
             | {
-                "text_ids": KeySpec(torch.int64, (self.max_tokens,), sequence_dim=0, meaning="tokens of the caption"),
+                "text_ids": KeySpec(torch.int64, (self.max_tokens,), sequence_dim=0, meaning="tokens"),
                 "text_mask": KeySpec(torch.bool, (self.max_tokens,), sequence_dim=0, meaning="False: padding"),
             }
         )
