@@ -28,7 +28,7 @@ __getattr__, __dir__, __all__ = lazy(
         "processors.pixels": ["Pixels"],
         "processors.class_image": ["ClassImage"],
         "processors.captioned_image": ["CaptionedImage"],
-        "processors.class_latent": ["ClassLatent"],
+        "processors.class_latent": ["ClassLatent", "ClassMoments"],
         "processors.video": ["ClassVideo", "Video"],
         "processors.audio": ["Audio"],
         "augmentations": ["ColorJitter", "RandAugment", "RandomResizedCrop"],

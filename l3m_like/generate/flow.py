@@ -89,6 +89,7 @@ class FlowSampler:
         batch: rows computed at a time, per rank.
         seed: of the noise.
         stream: of the model's blocks.
+        decoder: makes pictures of what was integrated, e.g. ``LatentDecoder`` (None: these are the pictures).
 
     Raises:
         UserError: settings out of range; a model that does not fit.
@@ -111,6 +112,7 @@ class FlowSampler:
     batch: int = 64
     seed: int = 0
     stream: str = "image"
+    decoder: Any = None
     interpolant: Interpolant = field(init=False)
 
     def __post_init__(self) -> None:
@@ -164,7 +166,8 @@ class FlowSampler:
                 labels = torch.tensor([self._label(number) for number in full], device=graph.device)
                 # the state stays in float32 under a bf16 model: it sums many small steps
                 noise = self.noise(row, torch.promote_types(graph.dtype, torch.float32))
-                yield rows, self.integrate(self.predict(graph, labels), noise, row, mesh)[: len(rows)], count
+                images = self.integrate(self.predict(graph, labels), noise, row, mesh)
+                yield rows, (images if self.decoder is None else self.decoder(images))[: len(rows)], count
 
     def check(self, graph: Inference) -> None:
         """Raise a UserError unless the model reads what this sampler supplies and writes what it takes."""
