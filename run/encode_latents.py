@@ -1,7 +1,8 @@
 """Encode the pictures of an experiment's dataset once: webdataset shards of latents, which configs/experiment/sit_xl2.yaml reads.
 
-    python run/encode_latents.py --config configs/experiment/sit_xl2_online.yaml --flip --out data/imagenet-latents/train flip=false layers=1
-    torchrun --nproc-per-node 8 -- run/encode_latents.py --config configs/experiment/sit_xl2_online.yaml --data heldout --out data/imagenet-latents/heldout
+    CONFIG=configs/experiment/sit_xl2_online.yaml
+    python run/encode_latents.py --config $CONFIG --flip --out data/imagenet-latents/train flip=false layers=1
+    torchrun --nproc-per-node 8 -- run/encode_latents.py --config $CONFIG --data heldout --out data/imagenet-latents/heldout
 
 Mean and standard deviation are kept, so that every epoch can draw other latents. The same command goes on where it was ended.
 (`layers=1`: the rest of the model is built too, and not used.) What follows the options are settings of the config.
