@@ -28,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy(
         "processors.pixels": ["Pixels"],
         "processors.class_image": ["ClassImage"],
         "processors.captioned_image": ["CaptionedImage"],
+        "processors.text_embedding_image": ["TextEmbeddingImage"],
         "processors.class_latent": ["ClassLatent", "ClassMoments"],
         "processors.video": ["ClassVideo", "Video"],
         "processors.audio": ["Audio"],
