@@ -12,6 +12,8 @@ __getattr__, __dir__, __all__ = lazy(
         "preprocessors.labels": ["DropLabel", "TimeLabelEmbed"],
         "preprocessors.mask_patches": ["MaskPatches", "DrawPrefix"],
         "preprocessors.mix_images": ["MixImages"],
+        "preprocessors.text_condition": ["DropText", "TimeTextEmbed"],
+        "preprocessors.autoencoder_kl": ["AutoencoderKLEncoder", "SampleLatent"],
         "preprocessors.patches": ["PatchEmbed"],
         "preprocessors.image_encoder": ["ImageEncoder", "ImageFeatures"],
         "preprocessors.latents": ["LatentNoise", "LatentEmbed", "NormalizeLatent"],

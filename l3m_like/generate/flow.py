@@ -89,6 +89,9 @@ class FlowSampler:
         batch: rows computed at a time, per rank.
         seed: of the noise.
         stream: of the model's blocks.
+        embeddings: of texts instead of classes: a ``.npy`` file of ``classes`` pooled embeddings, of which ``labels`` choose.
+            Then <stream>_text [B, E] and <stream>_text_kept [B] are supplied instead of <stream>_class_id.
+        decoder: makes pictures of what was integrated, e.g. ``LatentDecoder`` (None: these are the pictures).
 
     Raises:
         UserError: settings out of range; a model that does not fit.
@@ -111,6 +114,9 @@ class FlowSampler:
     batch: int = 64
     seed: int = 0
     stream: str = "image"
+    decoder: Any = None
+    embeddings: str | None = None
+    _table: Tensor | None = field(init=False, default=None, repr=False)
     interpolant: Interpolant = field(init=False)
 
     def __post_init__(self) -> None:
@@ -164,12 +170,33 @@ class FlowSampler:
                 labels = torch.tensor([self._label(number) for number in full], device=graph.device)
                 # the state stays in float32 under a bf16 model: it sums many small steps
                 noise = self.noise(row, torch.promote_types(graph.dtype, torch.float32))
-                yield rows, self.integrate(self.predict(graph, labels), noise, row, mesh)[: len(rows)], count
+                images = self.integrate(self.predict(graph, labels), noise, row, mesh)
+                yield rows, (images if self.decoder is None else self.decoder(images))[: len(rows)], count
 
     def check(self, graph: Inference) -> None:
         """Raise a UserError unless the model reads what this sampler supplies and writes what it takes."""
-        supplied = [self._key(port) for port in ("noised", "time", "class_id")]
+        conditions = ("class_id",) if self.embeddings is None else ("text", "text_kept")
+        supplied = [self._key(port) for port in ("noised", "time", *conditions)]
         graph.check(type(self).__name__, supplied, supplied, self._key("prediction"))
+
+    def conditions(self, class_id: Tensor) -> dict[str, Tensor]:
+        """The ports that say what is to be shown, of classes or of the texts with these numbers (``classes``: of none)."""
+        if self.embeddings is None:
+            return {"class_id": class_id}
+        if self._table is None or self._table.device != class_id.device:
+            self._table = self._read(self.embeddings).to(class_id.device)
+        return {"text": self._table[class_id], "text_kept": class_id != self.classes}
+
+    def _read(self, path: str) -> Tensor:
+        """The embeddings [classes + 1, E], the last row zeros."""
+        try:
+            table = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{type(self).__name__}: embeddings = {path} cannot be read: {error}") from error
+        if table.dim() != 2 or len(table) != self.classes:
+            shape = f"{list(table.shape)}; [classes, E] with {self.classes} is needed"
+            raise UserError(f"{type(self).__name__}: embeddings are {shape}.")
+        return torch.cat((table, torch.zeros_like(table[:1])))
 
     def integrate(self, predict: Field, x: Tensor, row: Tensor, mesh: Mesh | None = None) -> Tensor:
         """Samples [B, C, H, W] from noise ``x`` of the rows ``row`` [B]."""
@@ -197,7 +224,7 @@ class FlowSampler:
             guided = self.guidance != 1 and (always or bool(inside.any()))
             times = 2 if guided else 1
             ports = {"noised": x.repeat(times, 1, 1, 1), "time": t.to(x.dtype).repeat(times)}
-            ports["class_id"] = class_id[: times * len(x)]
+            ports |= self.conditions(class_id[: times * len(x)])
             out = graph({self._key(port): value for port, value in ports.items()})[self._key("prediction")].to(x.dtype)
             if not guided:
                 return out

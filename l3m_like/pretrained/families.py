@@ -22,6 +22,7 @@ MODULES = {
 PARTS = {
     "lpips_vgg": "l3m_like.pretrained.lpips.VGG",
     "lpips_alex": "l3m_like.pretrained.lpips.ALEX",
+    "AutoencoderKL": "l3m_like.pretrained.autoencoder_kl.FAMILY",
     "timm": "l3m_like.pretrained.timm_vit.FAMILY",
 }
 
@@ -38,6 +39,7 @@ class Family:
         normal: a ``config.json`` of any age as ``describe`` would write it: old spellings renamed, absent fields filled in.
         knobs: ``{field: the knob of the shipped configs that sets it}``, dots for nested fields; for messages.
         ignored: patterns (regular expressions) of tensors in published files that nobody needs.
+        spellings: ``{pattern: replacement}`` of old names of tensors in published files.
         diffusers: its folders are written as diffusers names their files.
     """
 
@@ -48,6 +50,7 @@ class Family:
     normal: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     knobs: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    spellings: Mapping[str, str] = field(default_factory=dict)
     diffusers: bool = False
 
     def templates(self, model: nn.Module) -> Templates:

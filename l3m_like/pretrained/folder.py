@@ -90,6 +90,7 @@ class Folder:
             if name not in self.tensors or self.tensors[name].file != file:
                 raise UserError(f"{index} says that '{name}' is in {file}, which does not hold it. Download it again.")
         self._open: dict[str, Any] = {}
+        self._stored: dict[str, str] = {}
 
     @property
     def model_type(self) -> str:
@@ -105,9 +106,18 @@ class Folder:
             raise UserError(f"{self.path / CONFIG} has no model_type.")
         return found
 
+    def respell(self, spellings: Mapping[str, str]) -> None:
+        """Call tensors by other names: ``{pattern (regular expression): replacement}``."""
+        for pattern, replacement in spellings.items():
+            for name in [name for name in self.tensors if re.fullmatch(pattern, name)]:
+                new = re.sub(pattern, replacement, name)
+                self.tensors[new] = self.tensors.pop(name)
+                self._stored[new] = name
+
     def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
         """A region of the tensor ``name``, on the CPU, in the dtype of the file."""
         file = self.tensors[name].file
+        name = self._stored.get(name, name)
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.path / file, "pt")
@@ -139,6 +149,7 @@ class StateFile(Folder):
         if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
             raise UserError(f"{path} holds no state dict, neither by itself nor under 'ema' or 'model'.")
         self._state: dict[str, Tensor] = state
+        self._stored: dict[str, str] = {}
         self.config = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
         self.tensors = {name: Stored(path.name, value.dtype, tuple(value.shape)) for name, value in state.items()}
 
@@ -149,7 +160,7 @@ class StateFile(Folder):
         raise UserError(f"{self.path} is of no kind that is known by its names. Name it: init.family.")
 
     def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
-        return self._state[name][region]
+        return self._state[self._stored.get(name, name)][region]
 
 
 def find_folder(where: str, setting: str, *, download: bool = True) -> Folder | None:

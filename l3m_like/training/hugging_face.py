@@ -66,6 +66,7 @@ def fit(model: nn.Module, folder: Folder, family: Family, setting: str, *, stric
     Raises:
         UserError: a difference (``strict``), or nothing fits.
     """
+    folder.respell(family.spellings)
     wrong = _config_differences(model, folder, family)
     if wrong and strict:
         raise UserError(f"{setting} = {folder.path}: its config.json and the model differ:{_listed(wrong)}")

@@ -1,4 +1,4 @@
-"""A cached latent and its class."""
+"""A cached latent, or its moments, and its class."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class ClassLatent:
     """
 
     unit = "images"
+    key = "image"
+    meaning = "latent of an image"
 
     def __init__(self, size: int, channels: int, flip: bool = False) -> None:
         self.shape = (channels, size, size)
@@ -37,7 +39,7 @@ class ClassLatent:
 
     def keys(self) -> dict[str, KeySpec]:
         return {
-            "image": KeySpec(torch.float32, self.shape, meaning="latent of an image"),
+            self.key: KeySpec(torch.float32, self.shape, meaning=self.meaning),
             "image_label": KeySpec(torch.int64, (), meaning="class number"),
         }
 
@@ -51,4 +53,15 @@ class ClassLatent:
         latent = np.load(io.BytesIO(sample[name]), allow_pickle=False).astype(np.float32)
         if latent.shape != self.shape:
             raise UserError(f"the latent is {latent.shape}, but [channels, size, size] = {list(self.shape)} is configured.")
-        return {"image": latent, "image_label": np.array(int(sample["cls"]), dtype=np.int64)}
+        return {self.key: latent, "image_label": np.array(int(sample["cls"]), dtype=np.int64)}
+
+
+class ClassMoments(ClassLatent):
+    """The same, but the array holds mean and standard deviation of a latent, [2 C, size, size]: ``image_moments``, from which
+    ``SampleLatent`` draws anew in every epoch. Arguments are those of ``ClassLatent``."""
+
+    key = "image_moments"
+    meaning = "mean and standard deviation of an image's latent"
+
+    def __init__(self, size: int, channels: int, flip: bool = False) -> None:
+        super().__init__(size, 2 * channels, flip)
