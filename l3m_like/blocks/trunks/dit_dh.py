@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from l3m_like.layers.masks import AttentionMask, LayerMasks
 from l3m_like.layers.modulation import Modulation
 from l3m_like.layers.norm import RMSNorm, norm_spec
 from l3m_like.layers.patch_embed import PatchProjection, unpatchify
-from l3m_like.layers.rope_2d import Rope2d
+from l3m_like.layers.rope import MultiAxisRope
 
 Layer = Callable[[int], nn.Module]
 
@@ -95,17 +96,18 @@ class DiTDH(ReadWriteBlock):
         self.project = nn.Linear(dim, head_dim)
         self.embed = PatchProjection(head_dim, patch=patch, channels=channels)
         self.head_layers = nn.ModuleList(head_layer(head_dim) for _ in range(head_layers))
-        trunk, head = (Rope2d(layers[0].mixer.head_dim) for layers in (self.layers, self.head_layers))  # type: ignore[union-attr, arg-type]
-        self.ropes = trunk, head
+        #: half of every head turns with the row, half with the column
+        self.ropes = _rope(self.layers), _rope(self.head_layers)
         #: as ``Transformer.attention_used``
         self.attention_used: dict[str, str] = {}
 
     def compute(self, tokens: Tensor, level: Tensor, condition: Tensor, noised: Tensor) -> tuple[Tensor, Tensor]:
-        sides = noised.shape[-2] // self.embed.patch, noised.shape[-1] // self.embed.patch
-        tokens = self._run(self.layers, tokens, condition, self.ropes[0](*sides, tokens.device, tokens.dtype))
+        rows, columns = (side // self.embed.patch for side in noised.shape[-2:])
+        place = torch.arange(rows * columns, device=tokens.device)
+        places = torch.stack((place // columns, place % columns)).unsqueeze(1)
+        tokens = self._run(self.layers, tokens, condition, self.ropes[0](places, tokens.dtype))
         said = self.project(F.silu(level.unsqueeze(1) + tokens).to(self.project.weight.dtype))
-        rope = self.ropes[1](*sides, tokens.device, tokens.dtype)
-        return self._run(self.head_layers, self.embed(noised), said, rope), said
+        return self._run(self.head_layers, self.embed(noised), said, self.ropes[1](places, tokens.dtype)), said
 
     def _run(self, layers: nn.ModuleList, x: Tensor, condition: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         masks = LayerMasks(AttentionMask(), x.shape[1], x.shape[1], x, self.attention_used)
@@ -134,6 +136,14 @@ class DiTDH(ReadWriteBlock):
 
     def init_spec(self) -> dict[str, Init]:
         return {"project.weight": XavierUniform(), "project.bias": Zeros()}
+
+
+def _rope(layers: nn.ModuleList) -> MultiAxisRope:
+    layer: Any = layers[0]
+    width = layer.mixer.head_dim
+    if width % 4:
+        raise UserError(f"DiTDH: heads are {width} wide; rotary positions of rows and columns need a multiple of 4.")
+    return MultiAxisRope(width, 10000.0, [width // 4, width // 4], "axial")
 
 
 class TokenPatchDecode(ReadWriteBlock):
