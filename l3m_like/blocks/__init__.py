@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = lazy(
         "preprocessors.clean_copy": ["CleanCopy"],
         "preprocessors.labels": ["DropLabel", "TimeLabelEmbed"],
         "preprocessors.patches": ["PatchEmbed"],
+        "preprocessors.image_encoder": ["ImageEncoder", "ImageFeatures"],
+        "preprocessors.latents": ["LatentNoise", "LatentEmbed", "NormalizeLatent"],
         "trunks.transformer": ["Transformer"],
         "trunks.dit": ["DiT"],
         "postprocessors.multi_token": ["MultiTokenPrediction"],
@@ -18,6 +20,8 @@ __getattr__, __dir__, __all__ = lazy(
         "heads.language_model": ["LanguageModelHead"],
         "heads.distillation": ["TeacherHead", "DistillationHead"],
         "heads.pixels": ["PatchDecode"],
+        "heads.reconstruction": ["PatchPixels", "PerceptualDistance"],
+        "heads.discriminator": ["Discriminator"],
         "hf_model": ["HFModel"],
     },
 )

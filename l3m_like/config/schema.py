@@ -184,6 +184,7 @@ class Update:
 
     params: list[str] | None = setting(None, "Glob patterns of the parameters that it trains. null: all.")
     parts: list[str] | None = setting(None, "Model parts that it runs. null: all.")
+    inference: list[str] = setting([], "Of these parts, those that run as at inference: without noise, say.")
     terms: list[str] | None = setting(None, "Loss terms that it sums. null: all.")
     optim: dict[str, Any] = setting({}, "Settings that differ from the `optim` section.")
     start: int = setting(0, "First step (0-based) at which it runs.", at_least=0)

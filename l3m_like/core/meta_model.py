@@ -213,13 +213,22 @@ class Frozen(_Nested):
         model: what is frozen.
         dtype: of its parameters, in which it computes whatever the run's precision is (None: that of the run).
         random_weights: accept that no weights were loaded; it is printed and stamped into every report.
+        passes_gradients: gradients go through it to what its inputs were computed from (a perceptual distance, the features
+            that a discriminator looks at).
     """
 
     def __init__(
-        self, model: Any, *, dtype: str | None = None, random_weights: bool = False, training_only: bool = False
+        self,
+        model: Any,
+        *,
+        dtype: str | None = None,
+        random_weights: bool = False,
+        passes_gradients: bool = False,
+        training_only: bool = False,
     ) -> None:
         super().__init__(model, training_only=training_only)
         self.random_weights = random_weights
+        self.passes_gradients = passes_gradients
         self.loaded_from: str | None = None  # set by whoever loads the weights
         self.model.requires_grad_(False)
         self.dtype: torch.dtype | None = None
@@ -235,6 +244,8 @@ class Frozen(_Nested):
         return super().train(False)
 
     def forward(self, data: Data, inference: bool = False) -> Data:
+        if self.passes_gradients:
+            return data | self._run(data, inference)
         with torch.no_grad():
             return data | self._run(data, inference)
 

@@ -6,7 +6,7 @@ keys die after which block; and, run once on meta tensors, it gives every key it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ class Program:
     parts: Mapping[str, MetaModel]
     losses: Mapping[str, ReadWriteBlock]
     extra_reads: Mapping[str, str] = field(default_factory=dict)  # {key: who reads it}, e.g. the keys of metrics
+    inference: Collection[str] = ()  # of the parts, those of which the inference graph runs
 
 
 @dataclass
@@ -81,11 +82,11 @@ def check_wiring(programs: Sequence[Program], provided: Mapping[str, KeySpec], k
         later = {key for other in programs[number + 1 :] for key in carried[other.name]}
         events = _events(program)
         available = dict.fromkeys(provided, "the data") | dict.fromkeys(carried[program.name], "an earlier update")
-        for path, block in events:
-            _check_reads(path, block, available)
+        for path, block, inference in events:
+            _check_reads(path, block, available, inference)
             read_anywhere |= {key for key in block.reads.values() if key in available}
             _check_count(path, block, provided)
-            for port, key in block.writes.items():
+            for port, key in block.writes_in(inference).items():
                 if path.startswith("loss."):
                     continue  # losses write terms, not keys
                 if key in available and available[key] != "an earlier update":
@@ -110,11 +111,19 @@ def check_wiring(programs: Sequence[Program], provided: Mapping[str, KeySpec], k
     return Wiring(programs, provided, graphs, carried, warnings)
 
 
-def _events(program: Program) -> list[tuple[str, ReadWriteBlock]]:
+def _events(program: Program) -> list[tuple[str, ReadWriteBlock, bool]]:
+    """``(path, block, is it run as at inference)`` in execution order, losses last."""
     events = [
-        (f"{name}.{path}" if name else path, block) for name, part in program.parts.items() for path, block in part.blocks()
+        (f"{name}.{step.path}" if name else step.path, step.block, graph.inference)
+        for name, graph in ((name, _graph(program, name)) for name in program.parts)
+        for step in graph.steps
     ]
-    return events + [(f"loss.{name}", loss) for name, loss in program.losses.items()]
+    return events + [(f"loss.{name}", loss, False) for name, loss in program.losses.items()]
+
+
+def _graph(program: Program, name: str) -> Graph:
+    part = program.parts[name]
+    return part.inference() if name in program.inference else part.graph
 
 
 def _carried(programs: Sequence[Program], provided: Mapping[str, KeySpec]) -> dict[str, tuple[str, ...]]:
@@ -124,18 +133,20 @@ def _carried(programs: Sequence[Program], provided: Mapping[str, KeySpec]) -> di
     for program in programs:
         written: set[str] = set()
         needed: dict[str, None] = {}
-        for path, block in _events(program):
+        for path, block, inference in _events(program):
             needed |= {k: None for k in block.reads.values() if k in before and k not in written and k not in provided}
             if not path.startswith("loss."):
-                written |= set(block.writes.values())
+                written |= set(block.writes_in(inference).values())
         carried[program.name] = tuple(needed)
         before |= written
     return carried
 
 
-def _check_reads(path: str, block: ReadWriteBlock, available: Mapping[str, str]) -> None:
+def _check_reads(path: str, block: ReadWriteBlock, available: Mapping[str, str], inference: bool) -> None:
     for port, key in block.reads.items():
-        if port in block.required and key not in available:
+        # at inference, a port that the config names may still be one that only training needs
+        required = not block.ports[port] if inference and port in block.ports else port in block.required
+        if required and key not in available:
             raise UserError(
                 f"{path} ({type(block).__name__}) reads '{key}' for its port '{port}', which nothing before it writes. "
                 f"{did_you_mean(key, available)}\nAvailable there: {', '.join(sorted(available))}."
@@ -156,17 +167,17 @@ def _check_count(path: str, block: ReadWriteBlock, provided: Mapping[str, KeySpe
 def _graphs(program: Program, available: Mapping[str, str], immortal: set[str]) -> dict[str, Graph]:
     events = _events(program)
     last: dict[str, int] = {}
-    for index, (_, block) in enumerate(events):
-        for key in (*block.reads.values(), *block.writes.values()):
+    for index, (_, block, inference) in enumerate(events):
+        for key in (*block.reads.values(), *block.writes_in(inference).values()):
             last[key] = index
     graphs, index = {}, 0
-    for name, part in program.parts.items():
-        steps = []
-        for path, block in part.blocks():
+    for name in program.parts:
+        graph, steps = _graph(program, name), []
+        for step in graph.steps:
             dead = tuple(k for k in available if last.get(k) == index and k not in immortal)
-            steps.append(Step(path, block, dead))
+            steps.append(Step(step.path, step.block, dead))
             index += 1
-        graphs[name] = Graph(tuple(steps))
+        graphs[name] = Graph(tuple(steps), graph.inference)
     return graphs
 
 
@@ -223,18 +234,19 @@ class Trace:
 
     @torch.no_grad()
     def _run(self, program: Program, data: Data) -> Data:
-        for path, block in self.wiring.blocks(program):
+        inference = [graph.inference for graph in self.wiring.graphs[program.name].values() for _ in graph.steps]
+        for (path, block), small in zip(self.wiring.blocks(program), [*inference, *(False for _ in program.losses)], strict=True):
             reads = {port: key for port, key in block.reads.items() if key in data}
             try:
                 leaves = list(_leaves(block, data))
                 flops = [leaf.flops() for leaf in leaves]
-                after = block(data)
+                after = block(data, small)
             except UserError:
                 raise
             except Exception as error:
                 shapes = ", ".join(f"{key} {tuple(data[key].shape)}" for key in reads.values() if isinstance(data[key], Tensor))
                 raise UserError(f"{path} ({type(block).__name__}) fails on {shapes}: {type(error).__name__}: {error}") from error
-            writes = {} if path.startswith("loss.") else {k: after[k] for k in block.writes.values()}
+            writes = {} if path.startswith("loss.") else {k: after[k] for k in block.writes_in(small).values()}
             self.rows.append(
                 TraceRow(
                     program.name,

@@ -7,11 +7,14 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "attention": ["Attention"],
         "cache": ["StaticCache", "LayerCache"],
+        "diff_augment": ["DiffAugment"],
+        "discriminator": ["SpectralConv", "TokenDiscriminator", "PatchDiscriminator"],
         "embedding": ["TimeEmbed"],
         "interpolant": ["Interpolant", "shift_time"],
         "latent_attention": ["LatentAttention"],
         "linear": ["joint_linear"],
         "lora": ["LoRALinear"],
+        "lpips": ["LPIPS"],
         "masks": ["AttentionMask", "LayerMasks", "choose_backend", "lower", "attended_pairs"],
         "mlp": ["MLP", "SwiGLU"],
         "modulation": ["Modulation"],
@@ -19,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy(
         "norm": ["RMSNorm", "LayerNorm", "AffineLayerNorm"],
         "patch_embed": ["PatchProjection", "patchify", "unpatchify", "sincos_positions"],
         "rope": ["Rope", "MultiAxisRope"],
+        "timm_vit": ["TimmViT"],
         "transformer": ["TransformerLayer", "ParallelLayer", "LadderLayer", "DiTLayer"],
     },
 )

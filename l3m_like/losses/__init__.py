@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = lazy(
         "perplexity": ["Perplexity"],
         "choice": ["ChoiceAccuracy"],
         "flow": ["FlowMatching"],
+        "reconstruction": ["PixelL1", "MeanLPIPS", "PSNR"],
+        "adversarial": ["FoolDiscriminator", "TellApart"],
         "router": ["LoadBalance", "RowLoadBalance", "RouterZ", "LoadViolation"],
         "distillation": ["Distillation"],
         "masked_diffusion": ["MaskedDiffusion", "MaskedNLL"],

@@ -26,6 +26,7 @@ class Loss(ReadWriteBlock):
 
     Args:
         weight: of the term in the total loss; None makes it a metric.
+        start: step (from 0) at which the term begins; before, what only it reads is not computed. Evaluations always have it.
         ports: reads, stream of ``ReadWriteBlock``.
     """
 
@@ -35,8 +36,12 @@ class Loss(ReadWriteBlock):
     #: "element": a sum over elements; "batch": no such sum (contrastive losses); ``compute`` gathers by itself
     scope: str = "element"
 
-    def __init__(self, weight: float | None = 1.0, *, reads: Mapping[str, str] | None = None, **ports: Any) -> None:
+    def __init__(
+        self, weight: float | None = 1.0, *, start: int = 0, reads: Mapping[str, str] | None = None, **ports: Any
+    ) -> None:
         name = type(self).__name__
+        if start < 0:
+            raise UserError(f"{name}: start is {start}; it is the number of a step, from 0.")
         if weight is not None and not math.isfinite(weight):
             raise UserError(f"{name}: weight must be a finite number or null (a metric), got {weight}.")
         if not self.count_late and type(self).count is Loss.count:
@@ -50,6 +55,7 @@ class Loss(ReadWriteBlock):
         super().__init__(reads=reads, **ports)
         self._only_count = only_count
         self.weight = weight
+        self.start = start
 
     def count(self, *args: Any, **kwargs: Any) -> Tensor:
         """The denominator (int64 scalar), from keys of the loader alone."""

@@ -18,6 +18,12 @@ MODULES = {
     name: f"l3m_like.pretrained.{name}"
     for name in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt2", "falcon", "llada")
 } | {"DiTTransformer2DModel": "l3m_like.pretrained.dit", "sit": "l3m_like.pretrained.sit"}
+#: likewise of networks that are parts of a model, and are not exported: ``{model_type: path of the family}``
+PARTS = {
+    "lpips_vgg": "l3m_like.pretrained.lpips.VGG",
+    "lpips_alex": "l3m_like.pretrained.lpips.ALEX",
+    "timm": "l3m_like.pretrained.timm_vit.FAMILY",
+}
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,11 @@ def family(name: str) -> Family:
     Raises:
         UserError: there is none.
     """
-    module, _, attribute = name.rpartition(".")
+    module, _, attribute = PARTS.get(name, name).rpartition(".")
     if not module:
         if name not in MODULES:
             raise UserError(
-                f"there is no family for model_type '{name}'. {did_you_mean(name, MODULES)} "
+                f"there is no family for model_type '{name}'. {did_you_mean(name, (*MODULES, *PARTS))} "
                 "One of your own is named by its path: init.family: my_module.FAMILY (docs/add_a_model.md)."
             )
         module, attribute = MODULES[name], "FAMILY"

@@ -93,12 +93,14 @@ class Folder:
 
     @property
     def model_type(self) -> str:
-        """Of ``config.json``.
+        """Of ``config.json``; "timm" for a folder of timm's, which names an architecture instead.
 
         Raises:
             UserError: it names none.
         """
         found = self.config.get("model_type", self.config.get("_class_name"))  # the second is diffusers'
+        if found is None and "architecture" in self.config:
+            return "timm"
         if found is None:
             raise UserError(f"{self.path / CONFIG} has no model_type.")
         return found

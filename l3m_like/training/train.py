@@ -98,7 +98,8 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
     wiring = check_wiring([update.program for update in updates], dataset.keys(), cfg.keep)
     for number, update in enumerate(updates):
         update.graphs = wiring.graphs[update.name]
-        written = {key for _, block in wiring.blocks(update.program) for key in block.writes.values()}
+        ran = [(step.block, graph.inference) for graph in update.graphs.values() for step in graph.steps]
+        written = {key for block, inference in ran for key in block.writes_in(inference).values()}
         later = dict.fromkeys(key for other in updates[number + 1 :] for key in wiring.carried[other.name])
         update.keep = tuple(key for key in later if key in written)
     refuse_gaps(updates, wiring.carried)
@@ -240,7 +241,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             for number, micro in enumerate(batch.micro):
                 set_gradient_sync(update.parts.values(), number == len(batch.micro) - 1)
                 data = to_device(micro, mesh.device) | carried[number]
-                terms, kept = update.forward_backward(data, totals, mesh)
+                terms, kept = update.forward_backward(data, totals, mesh, step)
                 carried[number] |= kept
                 for name, (value, count) in terms.items():
                     earlier, counted = sums.get(name, (0, 0))

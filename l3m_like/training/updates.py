@@ -21,6 +21,7 @@ from l3m_like.core.meta_model import Graph, MetaModel
 from l3m_like.core.wiring import Program
 from l3m_like.distributed.gradients import gradient_norm, sum_partial_gradients, tp_summed_parameters
 from l3m_like.distributed.mesh import Mesh
+from l3m_like.distributed.parallelize import reshard
 from l3m_like.losses.loss import Loss
 from l3m_like.training.optim import Guard, build_optimizer, matching
 
@@ -38,13 +39,15 @@ class Update:
     every: int = 1
     precision: str = "fp32"
     adaptive: AdaptiveWeight | None = None
+    #: of the parts, those that run as at inference
+    inference: Sequence[str] = ()
     graphs: Mapping[str, Graph] = field(default_factory=dict)
     keep: tuple[str, ...] = ()
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def program(self) -> Program:
-        return Program(self.name, self.parts, self.losses)
+        return Program(self.name, self.parts, self.losses, inference=self.inference)
 
     def active(self, step: int) -> bool:
         return step >= self.start and (step - self.start) % self.every == 0
@@ -57,13 +60,30 @@ class Update:
             self.adaptive.refuse_cut(self.name)
         self.tp_summed = tp_summed_parameters(self.parts.values())
 
-    def forward_backward(self, data: Data, totals: Mapping[str, float], mesh: Mesh) -> tuple[dict[str, Tensor], Data]:
+    def needed(self, step: int) -> tuple[list[str], dict[str, Loss]]:
+        """The parts and the terms that run at ``step``: terms that have begun, and parts that they, or later updates, read."""
+        losses = {name: loss for name, loss in self.losses.items() if step >= loss.start}
+        if len(losses) == len(self.losses):
+            return list(self.parts), losses
+        read = {key for loss in losses.values() for key in loss.reads.values()} | set(self.keep)
+        parts: list[str] = []
+        for name in reversed(self.parts):
+            graph = self.graphs[name]
+            if read & {key for step in graph.steps for key in step.block.writes_in(graph.inference).values()}:
+                read |= {key for step in graph.steps for key in step.block.reads.values()}
+                parts.insert(0, name)
+        return parts, losses
+
+    def forward_backward(
+        self, data: Data, totals: Mapping[str, float], mesh: Mesh, step: int = 0
+    ) -> tuple[dict[str, Tensor], Data]:
         """One micro-batch: the parts, the terms, the backward pass. Returns each term's (sum, count) and the carried keys."""
-        for name, part in self.parts.items():
-            data = part(data, self.graphs[name])
+        parts, losses = self.needed(step)
+        for name in parts:
+            data = self.parts[name](data, self.graphs[name])
         objective: Tensor | None = None
         sums, plain = {}, {}
-        for name, loss in self.losses.items():
+        for name, loss in losses.items():
             value, count = loss.term(data, totals.get(name), mesh)
             if loss.weight is not None:
                 plain[name] = value / (count if isinstance(count, Tensor) else max(count, 1.0))
@@ -77,7 +97,7 @@ class Update:
                 count = torch.full((), count, dtype=torch.float64, device=value.device)
             sums[name] = torch.stack((value.detach().double(), count.detach().double()))
         weighted = {name: (self.losses[name].weight or 0.0) * value for name, value in plain.items()}
-        if self.adaptive is not None:
+        if self.adaptive is not None and self.adaptive.term in losses:
             term = self.adaptive.term  # its own weight multiplies the adaptive one, so it is balanced without it
             weighted[term] = weighted[term] * self.adaptive.weight(weighted | {term: plain[term]}, mesh)
         for value in weighted.values():
@@ -101,6 +121,8 @@ class Update:
         for part in self.parts.values():
             for _, block in part.blocks():
                 block.after_step(mesh)
+            # a part that ran without a backward pass would stay gathered, with the gradients that this update asks for
+            reshard(part)
         return norm, bad
 
     def train_only_own(self, updates: Sequence[Update]) -> None:
@@ -178,11 +200,21 @@ def plan_updates(cfg: Any, parts: Mapping[str, MetaModel], losses: Mapping[str, 
                 )
             owner[term] = name
         chosen = {part: parts[part] for part in update.parts or parts}
+        for part in update.inference:
+            if part not in chosen:
+                raise UserError(f"updates.{name}.inference: '{part}' is none of its parts. {did_you_mean(part, chosen)}")
         terms = {term: losses[term] for term in update.terms or losses}
         if all(loss.weight is None for loss in terms.values()):
             raise UserError(f"updates.{name}: none of its terms has a weight, so it would train nothing.")
+        first = min(loss.start for loss in terms.values() if loss.weight is not None)
+        if first > update.start:
+            raise UserError(
+                f"updates.{name} runs from step {update.start}, but its first term with a weight starts at {first}: give the "
+                "update that `start`."
+            )
         made = Update(name, chosen, terms, update.params or ["*"], update.settings(cfg.optim), update.start, update.every)
         made.precision = cfg.parallel.precision
+        made.inference = tuple(update.inference)
         if update.adaptive:
             made.adaptive = _adaptive(name, update.adaptive, terms)
             made.adaptive.attach(chosen)

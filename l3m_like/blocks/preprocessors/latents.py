@@ -1,0 +1,163 @@
+"""Latent images: noise on them, their statistics, and their way into a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l3m_like.core.block import Data, ReadWriteBlock
+from l3m_like.core.errors import UserError
+from l3m_like.core.init import Init, Normal, XavierUniform, Zeros
+from l3m_like.core.random import normal, uniform
+from l3m_like.layers.patch_embed import sincos_positions
+
+
+class LatentNoise(ReadWriteBlock):
+    """Noise of a random strength on every latent, so that a decoder forgives the errors of a generator (RAE, arXiv:2510.11690,
+    section 4.3): ``latent + s z``, s uniform in [0, strength], z standard normal. At inference the latent as it is.
+
+    Reads   latent [B, D, h, w]; row [B] int64
+    Writes  code [B, D, h, w] in the latent's dtype
+
+    Args:
+        seed: of the run; draws are functions of (seed, stream, row).
+        strength: the largest deviation.
+        ports: reads, writes, stream of ``ReadWriteBlock``.
+    """
+
+    outputs = ("code",)
+
+    def __init__(self, seed: int, strength: float, **ports: Any) -> None:
+        super().__init__(**ports)
+        if strength < 0:
+            raise UserError(f"LatentNoise: strength is {strength}; it must be at least 0.")
+        self.seed = seed
+        self.strength = strength
+
+    def forward(self, data: Data, inference: bool = False) -> Data:
+        if inference:
+            return data | {self.writes["code"]: data[self.reads["latent"]]}
+        return super().forward(data)
+
+    def compute(self, latent: Tensor, row: Tensor) -> Tensor:
+        purpose = f"latent_noise/{self.stream or ''}"
+        shape = tuple(latent.shape[1:])
+        deviation = self.strength * uniform(row, (1,) * len(shape), seed=self.seed, purpose=f"{purpose}/strength")
+        noise = normal(row, shape, seed=self.seed, purpose=f"{purpose}/noise")
+        wide = torch.promote_types(latent.dtype, torch.float32)
+        return (latent.to(wide) + (deviation * noise).to(wide)).to(latent.dtype)
+
+
+@dataclass(frozen=True)
+class Stored(Init):
+    """The tensor ``name`` of a safetensors file, read when the parameter is filled."""
+
+    path: str
+    name: str
+
+    def draw(
+        self, seed: int, name: str, index: Sequence[Tensor], shape: Sequence[int], *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                whole = file.get_tensor(self.name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.path}: '{self.name}' cannot be read from it: {error}") from error
+        if tuple(whole.shape) != tuple(shape):
+            raise UserError(f"{self.path}: '{self.name}' has the shape {list(whole.shape)}, but {list(shape)} is needed.")
+        for dim, places in enumerate(index):
+            whole = whole.index_select(dim, places.cpu())
+        return whole.to(index[0].device if index else "cpu", dtype)
+
+
+class NormalizeLatent(ReadWriteBlock):
+    """Latents with mean 0 and variance 1 per channel and place, over a data set: ``(latent - mean) / sqrt(variance + eps)``.
+
+    Reads   latent [B, D, h, w]
+    Writes  normalized [B, D, h, w]; ``inverse`` goes from such a one (the port ``latent`` again) back
+
+    The statistics are parameters that are not trained: they are read from ``path`` when a run starts, and lie in its checkpoints.
+    ``run/latent_statistics.py`` makes the file.
+
+    Args:
+        path: safetensors file with ``mean`` and ``variance`` [D, h, w].
+        shape: [D, h, w].
+        inverse: undo it.
+        eps: added to the variance.
+        ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
+    """
+
+    outputs = ("normalized",)
+
+    def __init__(self, path: str, shape: Sequence[int], inverse: bool = False, eps: float = 1e-5, **ports: Any) -> None:
+        super().__init__(**ports)
+        self.path = path
+        self.inverse = inverse
+        self.eps = eps
+        self.mean = nn.Parameter(torch.empty(*shape), requires_grad=False)
+        self.variance = nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+    def compute(self, latent: Tensor) -> Tensor:
+        if latent.shape[1:] != self.mean.shape:
+            raise UserError(f"NormalizeLatent: latents are {list(latent.shape[1:])}, its statistics {list(self.mean.shape)}.")
+        wide = torch.promote_types(latent.dtype, torch.float32)
+        mean, deviation = self.mean.to(wide), (self.variance.to(wide) + self.eps).sqrt()
+        out = latent.to(wide) * deviation + mean if self.inverse else (latent.to(wide) - mean) / deviation
+        return out.to(latent.dtype)
+
+    def flops(self, latent: Tensor) -> int:
+        return 0  # no matrix product
+
+    def init_spec(self) -> dict[str, Init]:
+        return {name: Stored(self.path, name) for name in ("mean", "variance")}
+
+    def tp_plan(self) -> dict[str, str]:
+        return {"mean": "replicated", "variance": "replicated"}
+
+
+class LatentEmbed(ReadWriteBlock):
+    """The places of a latent as tokens of a decoder: a linear map, a learned class token ahead, fixed 2-D sinusoids (0 for the
+    class token), as the decoders of MAE and RAE have them.
+
+    Reads   code [B, channels, h, w]
+    Writes  tokens [B, 1 + h * w, D]
+
+    Args:
+        channels: of the latent.
+        dim: D, a multiple of 4.
+        ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
+    """
+
+    outputs = ("tokens",)
+
+    def __init__(self, channels: int, dim: int, **ports: Any) -> None:
+        super().__init__(**ports)
+        if dim % 4:
+            raise UserError(f"LatentEmbed: dim must be a multiple of 4 for its 2-D sinusoids, got {dim}.")
+        self.dim = dim
+        self.proj = nn.Linear(channels, dim)
+        self.class_token = nn.Parameter(torch.empty(1, 1, dim))
+
+    def compute(self, code: Tensor) -> Tensor:
+        tokens = self.proj(code.flatten(2).mT.to(self.proj.weight.dtype))
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        tokens = (tokens + sincos_positions(*code.shape[2:], self.dim, wide, tokens.device)).to(tokens.dtype)
+        return torch.cat((self.class_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens), dim=1)
+
+    def flops(self, code: Tensor) -> int:
+        return 2 * code.numel() * self.dim
+
+    def tp_plan(self) -> dict[str, str]:
+        return {"proj": "replicated", "class_token": "replicated"}
+
+    def optim_spec(self) -> dict[str, str | int]:
+        return {"proj.weight": "adamw", "class_token": "adamw"}
+
+    def init_spec(self) -> dict[str, Init]:
+        return {"proj.weight": XavierUniform(), "proj.bias": Zeros(), "class_token": Normal(0.02)}
