@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy(
         "evaluation": ["Evaluation", "Findings"],
         "extractors": ["EfficientNetLite0", "Inception"],
         "reconstruction_quality": ["ReconstructionQuality"],
+        "reconstruction": ["Reconstruction"],
         "sample_grid": ["SampleGrid"],
         "sample_quality": ["SampleQuality"],
     },

@@ -51,6 +51,8 @@ class StepFlops:
         if any(_partly_frozen(block) for block, _ in trace.flops_by_block()):
             # a frozen matrix has no gradient to compute: less than two forward passes, by how much no block says
             self.unknown = "some matrices of trained blocks are frozen (lora)"
+        if any(program.inference for program in trace.wiring.programs):
+            self.unknown = "parts run whose weights get no gradient in that update (updates.*.inference)"
         every = 1 if checkpointing == "full" else checkpointing if isinstance(checkpointing, int) else None
         parts = {id(part): part for program in trace.wiring.programs for part in program.parts.values()}
         #: of the units that checkpointing wraps, in the order in which it takes every n-th
@@ -66,7 +68,8 @@ class StepFlops:
         for batch in micro:
             for block, flops in self.trace.flops_by_block(batch):
                 if isinstance(block, Frozen):
-                    model += flops  # no backward pass, and nothing is run again for one
+                    # no backward pass, or one to its inputs alone; nothing is run again for it
+                    model += flops * (2 if block.passes_gradients else 1)
                 else:
                     model += 3.0 * flops
                     recomputed += flops * self._share_run_again(block)

@@ -49,6 +49,11 @@ TINY = {
         *("groups=2", "kept_groups=1", "kv_rank=8", "q_rank=12", "nope_dim=4", "rope_dim=4", "v_dim=6", "bias_rate=0.2"),
         *("loss.balance.weight=1.0", "loss.router_z.weight=0.1"),
     ],
+    # two updates; the discriminator begins at the second of three steps
+    "rae": [
+        *(*_SIZE, "patch=7", "image_size=14", "latent_channels=8", "mlp_dim=24", "noise=0.5", "critic_start=1", "fool_start=1"),
+        "encoder_arguments={img_size: 14, patch_size: 7, embed_dim: 8, depth: 1, num_heads: 2}",
+    ],
     # as it is shipped: without QK-norm
     "sit_shipped": [*_SIZE, "patch=7", "image_size=14"],
 }
@@ -60,6 +65,7 @@ _TEXTS = {"data.sets.train.source": {"_target_": "tests.distributed.toys.Texts"}
 DATA = {
     **dict.fromkeys((*TEXTS, "moe", "deepseek"), _TEXTS),
     "sit": _PICTURES,
+    "rae": _PICTURES,
     "sit_shipped": _PICTURES,
 }
 #: three steps in float64, with clipping, weight decay and a schedule that moves; a line per step

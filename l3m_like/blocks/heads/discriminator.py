@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Discriminator(ReadWriteBlock):
 
     Args:
         network: ``network(images)``, or with ``features`` ``network(features)``, -> logits [B, L]; has ``flops`` of the same.
-        features: a Frozen that passes gradients, around a block that reads ``image`` and writes ``features``; None: pixels.
+        features: a Frozen that passes gradients, around ``ImageFeatures``; None: the network sees pixels.
         augment: of what it sees; None: nothing is changed.
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
@@ -78,13 +78,13 @@ class Discriminator(ReadWriteBlock):
                 module.follow(weight.full_tensor() if isinstance(weight, DTensor) else weight)
 
     def flops(self, reconstruction: Tensor, row: Tensor, image: Tensor | None = None) -> int:
-        seen, own = reconstruction, 0
-        if self.features is not None:
-            (_, block), *_ = self.features.model.blocks()
-            own = block.flops(reconstruction) or 0
-            seen = block.compute(reconstruction)
         network: Any = self.network
-        return (1 if image is None else 2) * (own + network.flops(seen))
+        if self.features is None:
+            once = network.flops(reconstruction)
+        else:
+            block: Any = next(block for _, block in self.features.model.blocks())
+            once = block.flops(reconstruction) + network.flops(torch.empty(block.shape(reconstruction), device="meta"))
+        return once if image is None else 2 * once
 
 
 def to_8_bit(image: Tensor) -> Tensor:

@@ -72,6 +72,11 @@ class ImageFeatures(ReadWriteBlock):
     def compute(self, image: Tensor) -> Tensor:
         return self.encoder.hidden(three_colours(image), self.layers)
 
+    def shape(self, image: Tensor) -> tuple[int, int, int, int]:
+        """(B, K, N, D) for images [B, C, H, W]."""
+        rows, columns = self.encoder.grid(image)
+        return len(image), len(self.layers), rows * columns, self.encoder.dim
+
     def shard_units(self) -> Iterable[nn.Module]:
         return self.encoder.model.blocks
 
