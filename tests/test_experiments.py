@@ -39,7 +39,7 @@ PARAMETERS = {
     "sit_s2": 32_865_056,
     "sit_xl2": 674_834_720,
 }
-MOST_LINES = {"llm": 70, "sit": 90, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "dream_7b": 16}
+MOST_LINES = {"llm": 70, "sit": 90, "rae": 140, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "dream_7b": 16}
 #: trained by the slow tests alone
 SLOW = ("block_diffusion",)
 #: starts from another experiment's run: tests/training/test_distillation.py trains it

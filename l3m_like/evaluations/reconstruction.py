@@ -20,8 +20,8 @@ from l3m_like.losses.reconstruction import psnr
 
 
 class Reconstruction:
-    """Held-out images through the inference graph: ``psnr`` (dB), ``l1`` (of images in [-1, 1]), ``lpips`` if a block of the model
-    writes it, each a mean over rows; and a picture, every row of images above that of its reconstructions.
+    """Held-out images through the inference graph: ``psnr`` (dB), ``l1`` (images in [-1, 1]), ``lpips`` if a block of the model
+    writes it, each a mean over rows; and a picture with every row of images above that of its reconstructions.
 
     Args:
         data: the dataset (the entry's ``data``).
@@ -66,7 +66,9 @@ class Reconstruction:
             written |= {key for step in steps for key in step.block.writes_in(True).values()}
             if self.result in written:
                 return graphs
-        raise UserError(f"Reconstruction: no block of the inference graph writes '{self.result}'. {did_you_mean(self.result, written)}")
+        raise UserError(
+            f"Reconstruction: no block of the inference graph writes '{self.result}'. {did_you_mean(self.result, written)}"
+        )
 
     def evaluate(self, model: nn.Module, *, mesh: Mesh, step: int, seed: int, folder: Path) -> Findings:
         graphs, parts = self.graphs(model), parts_of(model)

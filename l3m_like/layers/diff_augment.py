@@ -51,9 +51,7 @@ class DiffAugment:
     def _shifted(self, image: Tensor, down: Tensor, right: Tensor) -> Tensor:
         """Whole pixels, by products with shifted identities: the same numbers, and a backward pass in a fixed order."""
         sides = image.shape[-2:]
-        move_rows, move_columns = (
-            self._move(side, drawn, image) for side, drawn in zip(sides, (down, right), strict=True)
-        )
+        move_rows, move_columns = (self._move(side, drawn, image) for side, drawn in zip(sides, (down, right), strict=True))
         return move_rows @ image @ move_columns.mT
 
     def _move(self, side: int, drawn: Tensor, like: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,20 +86,23 @@ class LPIPS(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if x.shape != y.shape or x.dim() != 4 or x.shape[1] not in (1, 3):
-            raise UserError(f"LPIPS: images of shapes {tuple(x.shape)} and {tuple(y.shape)}; two equal [B, 1 or 3, H, W] are needed.")
+            raise UserError(
+                f"LPIPS: images of shapes {tuple(x.shape)} and {tuple(y.shape)}; two equal [B, 1 or 3, H, W] are needed."
+            )
         dtype = torch.promote_types(x.dtype, torch.float32)
         both = torch.cat((x.to(dtype), y.to(dtype)))
         if self.smallest is not None and min(both.shape[-2:]) < self.smallest:
             both = F.interpolate(both, size=(self.smallest, self.smallest), mode="bilinear", align_corners=False)
         shift, scale = (both.new_tensor(numbers).view(1, 3, 1, 1) for numbers in (SHIFT, SCALE))
         total = torch.zeros((), dtype=dtype, device=x.device)
-        for features, weight in zip(self.features((both - shift) / scale), self.weights, strict=True):
+        rows: list[Any] = list(self.weights)
+        for features, row in zip(self.features((both - shift) / scale), rows, strict=True):
             features = features.to(dtype)
             # the clamp: the slope of a root is infinite at 0, where all features of a place are 0
             length = features.square().sum(1, keepdim=True).clamp(min=1e-20).sqrt()
             first, second = (features / (length + 1e-10)).chunk(2)
             squares = (first - second).square().mean((2, 3))
-            total = total + F.linear(squares, weight.weight.to(dtype)).squeeze(1)
+            total = total + F.linear(squares, row.weight.to(dtype)).squeeze(1)
         return total
 
     def features(self, image: Tensor) -> Sequence[Tensor]:

@@ -113,9 +113,10 @@ def _build(name: str, arguments: dict[str, Any]) -> Any:
         raise UserError("TimmViT needs the package timm: pip install 'l3m-like[vision]'.") from error
     from timm.models.vision_transformer import VisionTransformer
 
+    # the head is not used; positions are resampled where images have another size
+    settings: dict[str, Any] = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True} | arguments
     try:
-        # the head is not used; positions are resampled where images have another size
-        model = timm.create_model(name, **({"num_classes": 0, "global_pool": "", "dynamic_img_size": True} | arguments))
+        model = timm.create_model(name, **settings)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"TimmViT: timm cannot make '{name}' with {arguments}: {error}") from error
     if not isinstance(model, VisionTransformer):

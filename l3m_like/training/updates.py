@@ -67,7 +67,7 @@ class Update:
             return list(self.parts), losses
         read = {key for loss in losses.values() for key in loss.reads.values()} | set(self.keep)
         parts: list[str] = []
-        for name in reversed(self.parts):
+        for name in reversed(list(self.parts)):
             graph = self.graphs[name]
             if read & {key for step in graph.steps for key in step.block.writes_in(graph.inference).values()}:
                 read |= {key for step in graph.steps for key in step.block.reads.values()}

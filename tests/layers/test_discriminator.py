@@ -201,7 +201,11 @@ def features(**settings) -> Frozen:
 def test_discriminator_passes_gradients_through_frozen_features() -> None:
     block = Discriminator(TokenDiscriminator(DIM, layers=[1, 0]), features(passes_gradients=True), DiffAugment(0), stream="image")
     perturb(block)
-    data = {"image_reconstruction": torch.rand(2, 1, 8, 8, requires_grad=True), "row": torch.arange(2), "image": torch.rand(2, 1, 8, 8)}
+    data = {
+        "image_reconstruction": torch.rand(2, 1, 8, 8, requires_grad=True),
+        "row": torch.arange(2),
+        "image": torch.rand(2, 1, 8, 8),
+    }
     judged = block(data, True)
     assert judged["image_fake_logits"].shape == (2, 2 * 16) and "image_real_logits" not in judged
     judged["image_fake_logits"].sum().backward()
@@ -223,5 +227,7 @@ def test_hidden_layers_are_those_of_timm() -> None:
     hidden = encoder.hidden(image, [0, 2])
     assert hidden.shape == (2, 2, 16, DIM)
     torch.testing.assert_close(F.layer_norm(hidden[:, 1], (DIM,), eps=encoder.model.norm.eps), encoder(image))
-    prepared = ((image + 1) / 2 - torch.tensor(encoder.mean).double().view(3, 1, 1)) / torch.tensor(encoder.std).double().view(3, 1, 1)
+    prepared = ((image + 1) / 2 - torch.tensor(encoder.mean).double().view(3, 1, 1)) / torch.tensor(encoder.std).double().view(
+        3, 1, 1
+    )
     torch.testing.assert_close(encoder.prepare(image), prepared)

@@ -32,7 +32,9 @@ def reference_of(net: str) -> nn.Module:
     with mock.patch.object(nn, "Linear", lambda *size: nn.Identity()):
         features = make_layers(cfgs["D"]) if net == "vgg" else AlexNet().features
     with mock.patch.multiple(
-        "lpips.pretrained_networks.tv", vgg16=lambda **_: SimpleNamespace(features=features), alexnet=lambda **_: SimpleNamespace(features=features)
+        "lpips.pretrained_networks.tv",
+        vgg16=lambda **_: SimpleNamespace(features=features),
+        alexnet=lambda **_: SimpleNamespace(features=features),
     ):
         theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).double()
     theirs.scaling_layer.shift, theirs.scaling_layer.scale = (  # which it rounds to float32

@@ -58,7 +58,9 @@ def compare(dtype: torch.dtype, ours: MetaModel) -> None:
     assert not unexpected and not [name for name in missing if name.startswith("decoder.decoder_")]
     code = torch.randn(2, LATENT, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     weight = torch.linspace(-1, 1, 2 * 3 * (SIDE * PATCH) ** 2, dtype=dtype).view(2, 3, SIDE * PATCH, -1)
-    theirs: Tensor = 2 * reference._denormalize_image(reference.decoder.unpatchify(reference.decoder(code.flatten(2).mT).logits)) - 1
+    theirs: Tensor = (
+        2 * reference._denormalize_image(reference.decoder.unpatchify(reference.decoder(code.flatten(2).mT).logits)) - 1
+    )
     (theirs * weight).square().sum().backward()
     out = ours({"image_code": code})["image_reconstruction"]
     (out * weight).square().sum().backward()

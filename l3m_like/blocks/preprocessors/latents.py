@@ -147,7 +147,8 @@ class LatentEmbed(ReadWriteBlock):
     def compute(self, code: Tensor) -> Tensor:
         tokens = self.proj(code.flatten(2).mT.to(self.proj.weight.dtype))
         wide = torch.promote_types(tokens.dtype, torch.float32)
-        tokens = (tokens + sincos_positions(*code.shape[2:], self.dim, wide, tokens.device)).to(tokens.dtype)
+        rows, columns = code.shape[2:]
+        tokens = (tokens + sincos_positions(rows, columns, self.dim, wide, tokens.device)).to(tokens.dtype)
         return torch.cat((self.class_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens), dim=1)
 
     def flops(self, code: Tensor) -> int:
