@@ -66,7 +66,9 @@ def test_plan(path: Path) -> None:
     if path.stem in PARAMETERS:
         assert sum(parameter.numel() for parameter in parameters.values()) == PARAMETERS[path.stem]
     for name, evaluation in cfg.evals.items():
-        cfg.instantiate(f"evals.{name}.data") if evaluation.run is None else cfg.instantiate(f"evals.{name}.run")
+        data = {} if evaluation.data is None else {"data": cfg.instantiate(f"evals.{name}.data")}
+        if evaluation.run is not None:
+            cfg.instantiate(f"evals.{name}.run", **data)
     if cfg.sample is not None:
         cfg.instantiate("sample")
     assert run.steps and run.micro_rows * run.accumulation == cfg.batch.global_
