@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy(
         "preprocessors.latents": ["LatentNoise", "LatentEmbed", "NormalizeLatent"],
         "trunks.transformer": ["Transformer"],
         "trunks.dit": ["DiT"],
+        "trunks.dit_dh": ["NoiseLevelEmbed", "DiTDH", "TokenPatchDecode"],
         "postprocessors.multi_token": ["MultiTokenPrediction"],
         "postprocessors.noisy_half": ["NoisyHalf"],
         "heads.language_model": ["LanguageModelHead"],

@@ -78,6 +78,7 @@ class FlowSampler:
         path, prediction: that the model was trained with, see ``Interpolant``.
         margin: distance of the times from singular ends (None: as published, see ``Interpolant.interval``).
         shift: steps are shorter near noise, see ``shift_time``; that of the training is usual.
+        last: where the grid of times ends before it is shifted (RAE stops at 0.999).
         guidance: w of classifier-free guidance, null + w (conditional - null) (arXiv:2207.12598). 1: the plain conditional
             model; another w needs a model trained with dropped labels, and doubles the rows of an evaluation.
         guidance_interval: times [first, last] within which guidance acts (arXiv:2404.07724).
@@ -101,6 +102,7 @@ class FlowSampler:
     prediction: str = "velocity"
     margin: float | None = None
     shift: float = 1.0
+    last: float = 1.0
     guidance: float = 1.0
     guidance_interval: Sequence[float] = (0.0, 1.0)
     guidance_channels: int | None = None
@@ -122,6 +124,8 @@ class FlowSampler:
             raise UserError(f"{name}: guidance is {self.guidance}; 0 ignores the class, 1 is the plain model, 2 to 4 are usual.")
         if not self.shift > 0:
             raise UserError(f"{name}: shift is {self.shift}; it must be above 0 (1: none).")
+        if not 0 < self.last <= 1:
+            raise UserError(f"{name}: last is {self.last}; it must be above 0 and at most 1.")
         self.guidance_interval = tuple(self.guidance_interval)
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
             raise UserError(f"{name}: guidance_interval is {list(self.guidance_interval)}; two times in 0 .. 1, in order.")
@@ -178,7 +182,7 @@ class FlowSampler:
 
     def times(self, start: float, end: float, steps: int) -> list[float]:
         """``steps`` + 1 times from ``start`` to ``end``: equal steps, then moved towards noise by ``shift``."""
-        moved = shift_time(torch.arange(steps + 1, dtype=torch.float64) / steps, self.shift)
+        moved = shift_time(self.last * torch.arange(steps + 1, dtype=torch.float64) / steps, self.shift)
         return (start + (end - start) * moved).tolist()
 
     def predict(self, graph: Callable[[dict[str, Any]], dict[str, Any]], labels: Tensor) -> Field:

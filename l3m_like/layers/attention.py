@@ -30,6 +30,7 @@ class Attention(nn.Module):
         bias: of the query, key and value projections.
         out_bias: of the output projection (None: as ``bias``; Qwen2 has the first and not the second).
         norm_eps: of the QK-norm.
+        interleaved: rotary positions turn neighbouring channels (2 j, 2 j + 1) instead of (j, j + K / 2).
         window: sliding window: a query sees this many last keys, its own included (of a full mask: keys nearer than this).
         backend: "auto", which takes the fastest that is exact for the mask, or one of ``kernels/attention.py``.
 
@@ -57,6 +58,7 @@ class Attention(nn.Module):
         bias: bool = False,
         out_bias: bool | None = None,
         norm_eps: float = 1e-6,
+        interleaved: bool = False,
         window: int | None = None,
         backend: str = "auto",
     ) -> None:
@@ -75,6 +77,9 @@ class Attention(nn.Module):
             raise UserError(f"Attention: window is {window}; it is a number of keys, at least 1 (null: all).")
         self.window = window
         self.norm_eps = norm_eps
+        if interleaved and qk_norm:
+            raise UserError("Attention: interleaved goes without qk_norm, whose weights are in the order of the other form.")
+        self.interleaved = interleaved
         self.rope_backend = selected("rope")
         #: of queries, on top of 1 / sqrt(K); see ``set_base_head_dim``
         self.query_factor = 1.0
@@ -111,6 +116,8 @@ class Attention(nn.Module):
             q = norm_rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin, q_weight, self.norm_eps)
         else:
             q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in joint_linear(x, self.q_proj, self.k_proj, self.v_proj))
+            if self.interleaved:  # scores do not change when queries and keys are put into another order
+                q, k = (heads.unflatten(-1, (-1, 2)).mT.flatten(-2) for heads in (q, k))
             q, k = qk_norm_rope(q, k, cos, sin, q_weight, k_weight, self.norm_eps, backend=self.rope_backend)
         if self.query_factor != 1:
             q = q * self.query_factor

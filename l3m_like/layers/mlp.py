@@ -23,9 +23,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` without biases (Shazeer, arXiv:2002.05202)."""
+    """``down(silu(gate(x)) * up(x))`` (Shazeer, arXiv:2002.05202), with a ``bias`` in all three maps if asked for."""
 
-    def __init__(self, dim: int, *, hidden_dim: int) -> None:
+    def __init__(self, dim: int, *, hidden_dim: int, bias: bool = False) -> None:
         super().__init__()
         if hidden_dim < 1:
             raise UserError(f"SwiGLU: hidden_dim must be at least 1, got {hidden_dim}.")
@@ -34,9 +34,9 @@ class SwiGLU(nn.Module):
         self.backend = selected("swiglu")
         self.weight_init: Init = Normal(0.02)
         self.out_init: Init | None = None  # of `down` (None: the same)
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
+        self.gate = nn.Linear(dim, hidden_dim, bias=bias)
+        self.up = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.up.weight.dtype)
@@ -46,11 +46,13 @@ class SwiGLU(nn.Module):
         return 6 * tokens * self.dim * self.hidden_dim
 
     def tp_plan(self) -> dict[str, str]:
-        return {"gate": "colwise", "up": "colwise", "down": "rowwise"}
+        plan = {"gate": "colwise", "up": "colwise", "down": "rowwise"}
+        return plan if self.down.bias is None else plan | {"down.bias": "replicated"}
 
     def init_spec(self) -> dict[str, Init]:
         inner = self.weight_init
-        return {"gate.weight": inner, "up.weight": inner, "down.weight": self.out_init or inner}
+        spec: dict[str, Init] = {"gate.weight": inner, "up.weight": inner, "down.weight": self.out_init or inner}
+        return spec if self.down.bias is None else spec | {f"{name}.bias": Zeros() for name in ("gate", "up", "down")}
 
 
 class MLP(nn.Module):

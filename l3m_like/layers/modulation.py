@@ -9,7 +9,8 @@ from l3m_like.core.init import Init, Zeros
 
 
 class Modulation(nn.Module):
-    """``Linear(SiLU(condition))`` cut into ``num`` vectors [B, 1, D]; zero-initialised, so that a new layer is the identity."""
+    """``Linear(SiLU(condition))`` cut into ``num`` vectors [B, 1, D]; zero-initialised, so that a new layer is the identity. A
+    condition per token [B, S, D] gives vectors [B, S, D]."""
 
     def __init__(self, dim: int, num: int) -> None:
         super().__init__()
@@ -18,8 +19,9 @@ class Modulation(nn.Module):
         self.proj = nn.Linear(dim, num * dim)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """condition [B, D] -> ``num`` tensors [B, 1, D]."""
-        return self.proj(F.silu(condition.to(self.proj.weight.dtype))).unsqueeze(1).chunk(self.num, dim=-1)
+        """condition [B, D] -> ``num`` tensors [B, 1, D]; [B, S, D] -> [B, S, D]."""
+        vectors = self.proj(F.silu(condition.to(self.proj.weight.dtype)))
+        return (vectors.unsqueeze(1) if condition.dim() == 2 else vectors).chunk(self.num, dim=-1)
 
     def flops(self, rows: int) -> int:
         return 2 * rows * self.dim * self.num * self.dim
