@@ -199,7 +199,9 @@ def features(**settings) -> Frozen:
 
 
 def test_discriminator_passes_gradients_through_frozen_features() -> None:
-    block = Discriminator(TokenDiscriminator(DIM, layers=[1, 0]), features(passes_gradients=True), DiffAugment(0), stream="image")
+    block = Discriminator(
+        None, TokenDiscriminator(DIM, layers=[1, 0]), features(passes_gradients=True), DiffAugment(0), stream="image"
+    )
     perturb(block)
     data = {
         "image_reconstruction": torch.rand(2, 1, 8, 8, requires_grad=True),
@@ -215,8 +217,10 @@ def test_discriminator_passes_gradients_through_frozen_features() -> None:
     # the reconstruction in steps of 1/127.5 is nearly the same
     torch.testing.assert_close(both["image_fake_logits"], judged["image_fake_logits"], atol=0.05, rtol=0.05)
     assert not torch.allclose(both["image_real_logits"], both["image_fake_logits"], atol=0.05)
+    with pytest.raises(UserError, match="either pixels"):
+        Discriminator(TokenDiscriminator(DIM, layers=[0]), None, features(passes_gradients=True))
     with pytest.raises(UserError, match="passes_gradients"):
-        Discriminator(TokenDiscriminator(DIM, layers=[0]), features())
+        Discriminator(None, TokenDiscriminator(DIM, layers=[0]), features())
 
 
 def test_hidden_layers_are_those_of_timm() -> None:

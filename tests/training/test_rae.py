@@ -34,7 +34,8 @@ FEATURES = {
             },
         },
     },
-    "model.critic.head.network": {"_target_": "l3m_like.layers.TokenDiscriminator", "dim": 8, "layers": [1, 0, 1]},
+    "model.critic.head.pixels": None,
+    "model.critic.head.tokens": {"_target_": "l3m_like.layers.TokenDiscriminator", "dim": 8, "layers": [1, 0, 1]},
 }
 #: AlexNet at 64 pixels is most of the work; the first stages of VGG16 see 16
 SMALL = {"model.decoder.head.perceptual.model.net": "alex", "model.decoder.head.perceptual.model.smallest": 63}

@@ -26,8 +26,9 @@ class Discriminator(ReadWriteBlock):
     Writes  fake_logits [B, L], and in the training graph real_logits [B, L], in at least float32
 
     Args:
-        network: ``network(images)``, or with ``features`` ``network(features)``, -> logits [B, L]; has ``flops`` of the same.
-        features: a Frozen that passes gradients, around ``ImageFeatures``; None: the network sees pixels.
+        pixels: ``pixels(images)`` -> logits [B, L], such as ``l3m_like.layers.PatchDiscriminator``.
+        tokens: instead, ``tokens(features)`` -> logits [B, L]: ``l3m_like.layers.TokenDiscriminator``.
+        features: of which tokens: a Frozen that passes gradients, around ``ImageFeatures``.
         augment: of what it sees; None: nothing is changed.
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
@@ -38,7 +39,8 @@ class Discriminator(ReadWriteBlock):
 
     def __init__(
         self,
-        network: nn.Module,
+        pixels: nn.Module | None = None,
+        tokens: nn.Module | None = None,
         features: Frozen | None = None,
         augment: DiffAugment | None = None,
         writes: Any = ("fake_logits", "real_logits"),
@@ -47,6 +49,9 @@ class Discriminator(ReadWriteBlock):
         super().__init__(writes=writes, **ports)
         if features is not None and not (isinstance(features, Frozen) and features.passes_gradients):
             raise UserError("Discriminator: features must be a Frozen with passes_gradients: true, or no generator would learn.")
+        network = pixels if tokens is None else tokens
+        if network is None or (pixels is not None and tokens is not None) or (tokens is None) != (features is None):
+            raise UserError("Discriminator: give either pixels (a network on images) or tokens and features (on a frozen network's).")
         self.features = features
         self.network = network
         self.augment = augment
