@@ -39,7 +39,9 @@ PARAMETERS = {
     "sit_s2": 32_865_056,
     "sit_xl2": 674_834_720,
 }
-MOST_LINES = {"llm": 70, "sit": 90, "rae": 140, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "dream_7b": 16}
+#: the trained ones alone, where a published encoder is frozen
+TRAINED = {"dit_dh_xl": 838_380_628}
+MOST_LINES = {"llm": 70, "sit": 90, "rae": 140, "rae_xl": 40, "dit_dh": 130, "dit_dh_xl": 30, "moe": 20, "deepseek": 70, "deepseek_v3": 25, "distill": 60, "dream_7b": 16}
 #: trained by the slow tests alone
 SLOW = ("block_diffusion",)
 #: starts from another experiment's run: tests/training/test_distillation.py trains it
@@ -65,6 +67,8 @@ def test_plan(path: Path) -> None:
     assert all(parameter.is_meta for parameter in parameters.values())
     if path.stem in PARAMETERS:
         assert sum(parameter.numel() for parameter in parameters.values()) == PARAMETERS[path.stem]
+    if path.stem in TRAINED:
+        assert sum(p.numel() for p in parameters.values() if p.requires_grad) == TRAINED[path.stem]
     for name, evaluation in cfg.evals.items():
         data = {} if evaluation.data is None else {"data": cfg.instantiate(f"evals.{name}.data")}
         if evaluation.run is not None:

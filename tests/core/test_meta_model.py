@@ -151,6 +151,18 @@ def test_frozen() -> None:
         Frozen(inner, dtype="bfloat")
 
 
+def test_frozen_may_pass_gradients() -> None:
+    """To what its input was made of, and never to its own weights."""
+    for passes in (False, True):
+        frozen = Frozen(Wrap(torch.nn.Linear(3, 3), reads={"x": "x"}, writes={"y": "y"}), passes_gradients=passes)
+        x = torch.ones(2, 3, requires_grad=True)
+        y = frozen({"x": x})["y"]
+        assert y.requires_grad == passes and not frozen.training
+        if passes:
+            y.sum().backward()
+            assert x.grad is not None and all(p.grad is None for p in frozen.parameters())
+
+
 def test_frozen_takes_the_stream() -> None:
     model = MetaModel({"encoder": Frozen(Embed())}, stream="text")
     block = model.preprocessor["encoder"]

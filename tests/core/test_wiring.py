@@ -172,6 +172,41 @@ def test_two_programs_hand_keys_on() -> None:
         check_wiring([Program("two", {"": second}, score), Program("one", {"": first}, {"square": Square(stream="text")})], DATA)
 
 
+class Judge(ReadWriteBlock):
+    """Scores one input at inference, two in training."""
+
+    outputs = ("fake", "real")
+    optional_outputs = ("fake", "real")
+    inference_outputs = ("fake",)
+
+    def compute(self, hidden: Tensor, tokens: Tensor | None = None, *, outputs: Any) -> dict[str, Tensor]:
+        values = {"fake": hidden.sum(-1), "real": None if tokens is None else tokens.sum(-1)}
+        return {name: values[name] for name in outputs}
+
+
+def test_parts_of_a_program_may_run_as_at_inference() -> None:
+    """What a part writes in training alone is not there, and blocks that only training needs do not run."""
+    noisy = Net(training_only=True, writes={"hidden": "text_noisy"})
+    maker = MetaModel({"noise": noisy, "net": Net()}, stream="text")
+    judge = MetaModel(Judge(writes=["fake", "real"]), stream="text")
+    parts, kept = {"maker": maker, "judge": judge}, ("text_noisy",)
+    losses = {"square": Late(stream="text", reads={"hidden": "text_fake"})}
+    first = Program("first", parts, losses, inference=("judge",))
+    second = Program("second", parts, {"square": Late(stream="text", reads={"hidden": "text_real"})}, inference=("maker",))
+    wiring = check_wiring([first, second], DATA, kept)
+    for part in parts.values():
+        part.to("meta")
+    rows = {(row.program, row.path): set(row.writes) for row in Trace(wiring, 2).rows if not row.path.startswith("loss.")}
+    assert rows["first", "judge.preprocessor"] == {"text_fake"} and "text_real" in rows["second", "judge.preprocessor"]
+    found = {name: [step.path for step in graphs["maker"].steps] for name, graphs in wiring.graphs.items()}
+    assert found == {"first": ["preprocessor.noise", "preprocessor.net"], "second": ["preprocessor.net"]}
+    data = {"text_tokens": torch.ones(2, 3, 4, device="meta")}
+    out = judge(maker(data, wiring.graphs["first"]["maker"]), wiring.graphs["first"]["judge"])
+    assert "text_fake" in out and "text_real" not in out and "text_noisy" in out
+    with pytest.raises(UserError, match="reads 'text_real'"):
+        check_wiring([Program("first", parts, second.losses, inference=("judge",))], DATA)
+
+
 # ---- shapes and FLOPs ----------------------------------------------------------------------------------------------------
 
 

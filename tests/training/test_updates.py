@@ -160,6 +160,37 @@ def test_an_update_that_does_not_run_changes_nothing() -> None:
         assert torch.equal(never.start[name], never.final[name]) == name.startswith("critic."), name
 
 
+def test_a_term_may_begin_later() -> None:
+    """Before its start it is no part of the loss, and what only it reads does not run."""
+    from l3m_like.training.train import plan
+
+    tree = gan()
+    tree["loss"]["fool"] = tree["loss"]["fool"] | {"start": 2}
+    found = [run(tree, **settings)[0] for settings in ({}, {"dp_shard": 2})]
+    for record in found:
+        assert ["loss/fool" in row for row in record.rows if "loss" in row] == [False, False, True]
+        check_gradients(record.gradients[-1], found[0].gradients[-1])
+    auto = plan(toy(tree), 1).updates[0]
+    assert auto.needed(1) == (["auto"], {"rebuild": auto.losses["rebuild"]})
+    assert auto.needed(2) == (["auto", "critic"], dict(auto.losses))
+    without = gan()
+    del without["loss"]["fool"]
+    without["updates"]["auto"]["terms"] = ["rebuild"]
+    for name, value in run(without)[0].gradients[0].items():
+        assert torch.equal(found[0].gradients[0][name], value), name
+
+
+def test_what_begins_when_is_checked() -> None:
+    from l3m_like.training.train import plan
+
+    tree = gan()
+    tree["loss"]["tell"] = tree["loss"]["tell"] | {"start": 1}
+    with pytest.raises(UserError, match="its first term with a weight starts at 1"):
+        plan(toy(tree), 1)
+    with pytest.raises(UserError, match="updates.auto.inference: 'critc' is none of its parts. Did you mean 'critic'"):
+        plan(toy(gan(auto={"inference": ["critc"]})), 1)
+
+
 def test_updates_that_leave_gaps_are_refused() -> None:
     from l3m_like.training.train import plan
 
