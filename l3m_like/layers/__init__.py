@@ -24,7 +24,6 @@ __getattr__, __dir__, __all__ = lazy(
         "patch_embed": ["PatchProjection", "patchify", "patch_pixels", "unpatchify", "sincos_positions"],
         "pooling": ["Pool", "AttentionPool"],
         "rope": ["Rope", "MultiAxisRope"],
-        "rope_2d": ["Rope2d"],
         "timm_vit": ["TimmViT"],
         "transformer": ["TransformerLayer", "ParallelLayer", "LadderLayer", "DiTLayer"],
     },
