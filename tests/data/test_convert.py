@@ -221,8 +221,15 @@ sys.exit(convert_data.main(sys.argv[1:]))
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("to", ["webdataset", "megatron"])
+@pytest.mark.parametrize(
+    ("to", "workers"),
+    [
+        ("webdataset", 2),
+        ("megatron", 1),
+        pytest.param("webdataset", 1, marks=pytest.mark.slow),
+        pytest.param("megatron", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_gone_on_with(to: str, workers: int, lines: Path, tmp_path: Path) -> None:
     given = Input.of(str(lines))
     (tokens(given, tmp_path / "whole") if to == "megatron" else shards(given, tmp_path / "whole", samples=7))
