@@ -38,7 +38,10 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize(
     ("page", "command", "needs"),
     # torchrun and its ranks import everything three times: of its commands the README's run here
-    [pytest.param(*some, marks=pytest.mark.slow if "torchrun" in some[1] and some[0] != "README.md" else ()) for some in commands()],
+    [
+        pytest.param(page, command, needs, marks=pytest.mark.slow if "torchrun" in command and page != "README.md" else ())
+        for page, command, needs in commands()
+    ],
     ids=lambda value: str(value)[:60],
 )
 def test_command(page: str, command: str, needs: str | None, tmp_path: Path) -> None:

@@ -123,7 +123,10 @@ def test_another_model_is_not_equal() -> None:
         work.peer(DECODERS["eager"])
 
 
-@pytest.mark.parametrize(("kind", "data", "variant"), [CASES[0], *(pytest.param(*CASES[i], marks=pytest.mark.slow) for i in (1, 4))])
+SLOW = [pytest.param(*CASES[number], marks=pytest.mark.slow) for number in (1, 4)]
+
+
+@pytest.mark.parametrize(("kind", "data", "variant"), [CASES[0], *SLOW])
 def test_whole_comparison(kind: str, data: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(kind, data)
     result = compare(cfg, 2, warmup=1, micro=[2, 1], rows=2, variants=[variant], rounds=2, say=QUIET)
