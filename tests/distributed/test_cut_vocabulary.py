@@ -82,7 +82,9 @@ def outputs(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {name: value.detach() for name, value in found.items()}, {name: whole(p.grad) for name, p in model.named_parameters()}
 
 
-def on_tp(words: int, tied: bool, fault: bool) -> tuple[dict[str, list[int]], dict[str, Tensor], dict[str, Tensor]]:
+def on_tp(
+    words: int, tied: bool, fault: bool, backend: str = "auto"
+) -> tuple[dict[str, list[int]], dict[str, Tensor], dict[str, Tensor]]:
     """(rows of every matrix on this rank, outputs, gradients)."""
     from l3m_like.distributed.gradients import local
     from l3m_like.distributed.mesh import build_mesh
@@ -90,6 +92,7 @@ def on_tp(words: int, tied: bool, fault: bool) -> tuple[dict[str, list[int]], di
     from l3m_like.layers import vocabulary
 
     model = parallelize(model_of(words, tied), build_mesh({"tp": 2}), precision="fp64")
+    model.head.backend = backend
     rows = {name: list(local(p).shape) for name, p in model.named_parameters() if p.dim() == 2}
     kernel = vocabulary.linear_cross_entropy
 
@@ -113,6 +116,13 @@ def test_a_model_equals_the_whole_one(tied: bool) -> None:
             check_values(found["nll"], expected["nll"])
         with pytest.raises(AssertionError, match="against"):
             check_gradients(ours, gradients)
+
+
+def test_the_reference_of_the_loss_sees_the_whole_matrix() -> None:
+    expected, gradients = outputs(model_of(14, True))
+    for _, found, ours in pool.run(2, on_tp, 14, True, False, "reference"):
+        check_values(found["weighted_nll"], expected["weighted_nll"])
+        check_gradients(ours, gradients)
 
 
 def test_a_vocabulary_that_tp_does_not_divide_stays_whole() -> None:
