@@ -40,7 +40,7 @@ def one() -> dict[str, Any]:
         ("clip", "hsdp 2x2", ""),
         pytest.param("clip", "dp_shard 2 x tp 2", "", marks=pytest.mark.slow),
         ("clip", "", "accumulation 4"),
-        ("clip", "dp_shard 2", "accumulation 2, full checkpointing"),
+        pytest.param("clip", "dp_shard 2", "accumulation 2, full checkpointing", marks=pytest.mark.slow),
         ("siglip", "dp_shard 2", ""),
         pytest.param("siglip", "hsdp 2x2", "", marks=pytest.mark.slow),
         ("siglip", "dp_shard 4", "accumulation 2"),

@@ -171,8 +171,8 @@ def test_a_term_may_begin_later() -> None:
         assert ["loss/fool" in row for row in record.rows if "loss" in row] == [False, False, True]
         check_gradients(record.gradients[-1], found[0].gradients[-1])
     auto = plan(toy(tree), 1).updates[0]
-    assert auto.needed(1) == (["auto"], {"rebuild": auto.losses["rebuild"]})
-    assert auto.needed(2) == (["auto", "critic"], dict(auto.losses))
+    assert auto._needed(1) == (["auto"], {"rebuild": auto.losses["rebuild"]})
+    assert auto._needed(2) == (["auto", "critic"], dict(auto.losses))
     without = gan()
     del without["loss"]["fool"]
     without["updates"]["auto"]["terms"] = ["rebuild"]

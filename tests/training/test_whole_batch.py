@@ -74,7 +74,7 @@ def accumulated(model: MetaModel, micro: Any, mesh: Any) -> tuple[dict[str, Tens
     update = update_of(model, contrast=Contrastive(), size=Size(0.1))
     sums: dict[str, Tensor] = {}
     for number, share in enumerate(update.whole_batch(4, micro, TOTALS, mesh)):
-        terms, _ = update.forward_backward(micro(number), TOTALS, mesh, share)
+        terms, _ = update.forward_backward(micro(number), TOTALS, mesh, share=share)
         sums = {name: terms[name][0] + sums.get(name, 0) if name in terms else sums[name] for name in {**terms, **sums}}
     return sums, gradients(model)
 
@@ -136,4 +136,4 @@ def test_a_frozen_model_is_no_loss() -> None:
     update = update_of(frozen, contrast=Contrastive())
     shares = update.whole_batch(4, micro, TOTALS, mesh)
     with pytest.raises(UserError, match="no gradient reaches"):
-        update.forward_backward(micro(0), TOTALS, mesh, shares[0])
+        update.forward_backward(micro(0), TOTALS, mesh, share=shares[0])
