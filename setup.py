@@ -63,6 +63,7 @@ setup(
             "datasets",
             "webdataset",
             "scikit-image",
+            "lpips",
             "diffusers",
             "scipy",
             "timm",

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy(
         "autoregressive": ["Autoregressive", "Texts"],
         "masked_diffusion": ["MaskedDiffusion"],
         "flow": ["FlowODE", "FlowSDE", "Images", "grid"],
+        "autoencoder": ["decode_latents", "latent_statistics"],
         "latents": ["LatentDecoder"],
         "likelihood": ["FlowLikelihood", "bits_per_dimension"],
     },

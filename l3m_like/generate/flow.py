@@ -370,7 +370,7 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray
     """
     count, channels, height, width = images.shape
     if channels not in (1, 3):
-        raise UserError(f"grid: images have {channels} channels; a picture has 1 or 3. Latents must be decoded first.")
+        raise UserError(f"grid: images have {channels} channels; a picture 1 or 3. Decode latents first (--decode RUN).")
     columns = columns or math.ceil(math.sqrt(count))
     rows = -(-count // columns)
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -93,10 +93,11 @@ def documented() -> dict[str, tuple[str, list[str], list[str]]]:
 
 #: experiments whose keys are all in the table
 DOCUMENTED = ("llm", "sit", "deepseek", "dllm", "clip", "vit", "mae", "aimv2")
-#: whose keys of streams of their own (`paired_...`, `teacher_...`) share a row
-OTHERS = ("block_diffusion", "distill")
-#: written at inference, by a teacher's `top_k`, and by a source that only evaluations have
+#: whose keys of streams of their own (`paired_...`, `teacher_...`) share a row, or are written inside a frozen part
+OTHERS = ("block_diffusion", "distill", "rae", "dit_dh")
+#: written at inference, by a teacher's `top_k`, by a source that only evaluations have, with statistics of latents
 OPTIONAL = {"text_logits", "text_teacher_logprobs", "text_teacher_ids", "text_answer", "text_choice_bytes", "logit_bias"}
+OPTIONAL |= {"image_normalized"}
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

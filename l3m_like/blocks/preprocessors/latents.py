@@ -106,10 +106,19 @@ class NormalizeLatent(ReadWriteBlock):
     def compute(self, latent: Tensor) -> Tensor:
         if latent.shape[1:] != self.mean.shape:
             raise UserError(f"NormalizeLatent: latents are {list(latent.shape[1:])}, its statistics {list(self.mean.shape)}.")
-        wide = torch.promote_types(latent.dtype, torch.float32)
-        mean, deviation = self.mean.to(wide), (self.variance.to(wide) + self.eps).sqrt()
-        out = latent.to(wide) * deviation + mean if self.inverse else (latent.to(wide) - mean) / deviation
-        return out.to(latent.dtype)
+        return self.undo(latent) if self.inverse else self.apply_to(latent)
+
+    def apply_to(self, latent: Tensor) -> Tensor:
+        mean, deviation = self._numbers(latent)
+        return ((latent.to(mean.dtype) - mean) / deviation).to(latent.dtype)
+
+    def undo(self, normalized: Tensor) -> Tensor:
+        mean, deviation = self._numbers(normalized)
+        return (normalized.to(mean.dtype) * deviation + mean).to(normalized.dtype)
+
+    def _numbers(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return self.mean.to(wide), (self.variance.to(wide) + self.eps).sqrt()
 
     def flops(self, latent: Tensor) -> int:
         return 0  # no matrix product
