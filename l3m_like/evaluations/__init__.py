@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = lazy(
         "evaluation": ["Evaluation", "Findings"],
         "extractors": ["EfficientNetLite0", "Inception"],
         "probes": ["NearestNeighbours", "LinearProbe", "AttentiveProbe"],
-        "reconstruction_quality": ["ReconstructionQuality"],
         "reconstruction": ["Reconstruction"],
         "sample_grid": ["SampleGrid"],
         "sample_quality": ["SampleQuality"],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError, did_you_mean
@@ -15,13 +16,48 @@ from l3m_like.core.wiring import parts_of
 from l3m_like.data.loader import EvalLoader
 from l3m_like.distributed.mesh import Mesh, gather_objects
 from l3m_like.evaluations.evaluation import Findings
+from l3m_like.evaluations.extractors import Extractor, Features, to_pixels
+from l3m_like.evaluations.image_sets import Statistics, frechet_distance
 from l3m_like.generate.flow import grid
 from l3m_like.losses.reconstruction import psnr
 
+#: of the 8-bit range, (K L)^2 with L = 255
+C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+#: pixels of a side
+WINDOW = 11
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity of pixels [B, C, H, W] in 0 .. 255 -> [B], the mean over channels (Wang et al., 2004).
+
+    Windows are Gaussians of 1.5 pixels cut to 11 x 11; only those within the picture count.
+
+    Raises:
+        UserError: pictures of fewer than 11 pixels a side.
+    """
+    if min(x.shape[-2:]) < WINDOW:
+        raise UserError(f"ssim: pictures are {x.shape[-2]}x{x.shape[-1]}; the window has 11x11 pixels.")
+    x, y = x.double(), y.double()
+    at = torch.arange(11, dtype=torch.float64, device=x.device) - 5
+    line = (-at.square() / (2 * 1.5**2)).exp()
+    line = line / line.sum()
+    channels = x.shape[1]
+
+    def mean(values: Tensor) -> Tensor:
+        values = F.conv2d(values, line.view(1, 1, 11, 1).expand(channels, 1, 11, 1), groups=channels)
+        return F.conv2d(values, line.view(1, 1, 1, 11).expand(channels, 1, 1, 11), groups=channels)
+
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y = mean(x * x) - mean_x.square(), mean(y * y) - mean_y.square()
+    cov = mean(x * y) - mean_x * mean_y
+    map = (2 * mean_x * mean_y + C1) * (2 * cov + C2) / ((mean_x.square() + mean_y.square() + C1) * (var_x + var_y + C2))
+    return map.flatten(1).mean(1)
+
 
 class Reconstruction:
-    """Held-out images through the inference graph: ``psnr`` (dB), ``l1`` (images in [-1, 1]), ``lpips`` if a block of the model
-    writes it, each a mean over rows; and a picture with every row of images above that of its reconstructions.
+    """Held-out images through the inference graph: ``l1`` (images in [-1, 1]), ``psnr`` (dB) and ``ssim`` of 8-bit pixels,
+    ``lpips`` if a block of the model writes it, each a mean over rows; ``rfid``, the FID between images and reconstructions, with an
+    extractor; and a picture with every row of images above that of its reconstructions.
 
     Args:
         data: the dataset (the entry's ``data``).
@@ -29,6 +65,7 @@ class Reconstruction:
         shown: rows in the picture.
         columns: of the picture.
         batch: rows computed at a time, per rank.
+        extractor: of features for rFID (None: no rFID).
         stream: of the keys ``<stream>``, ``<stream>_reconstruction`` and ``<stream>_lpips``.
 
     Raises:
@@ -36,7 +73,15 @@ class Reconstruction:
     """
 
     def __init__(
-        self, data: Any, *, samples: int = 1000, shown: int = 20, columns: int = 10, batch: int = 64, stream: str = "image"
+        self,
+        data: Any,
+        *,
+        samples: int = 1000,
+        shown: int = 20,
+        columns: int = 10,
+        batch: int = 64,
+        extractor: Extractor | None = None,
+        stream: str = "image",
     ) -> None:
         for name, value in (("samples", samples), ("shown", shown), ("columns", columns), ("batch", batch)):
             if value < 1:
@@ -46,10 +91,13 @@ class Reconstruction:
         self.shown = min(shown, samples)
         self.columns = columns
         self.batch = batch
+        self.extractor = extractor
         self.image, self.result, self.distance = stream, f"{stream}_reconstruction", f"{stream}_lpips"
 
     def check(self, model: nn.Module) -> None:
         self.graphs(model)
+        if self.extractor is not None:
+            self.extractor.check()
 
     def graphs(self, model: nn.Module) -> dict[str, Graph]:
         """``{part: graph}`` of the parts up to the one that writes the reconstruction."""
@@ -70,31 +118,56 @@ class Reconstruction:
             f"Reconstruction: no block of the inference graph writes '{self.result}'. {did_you_mean(self.result, written)}"
         )
 
+    @torch.no_grad()
     def evaluate(self, model: nn.Module, *, mesh: Mesh, step: int, seed: int, folder: Path) -> Findings:
         graphs, parts = self.graphs(model), parts_of(model)
         sums: dict[str, Tensor] = {}
         pairs: dict[int, Tensor] = {}
+        real, made = Statistics(("fid",)), Statistics(("fid",))
+        features: tuple[Features, Features] | None = None
         most = -(-self.samples // (self.batch * mesh.dp_size))
         batches = EvalLoader(self.data, batch=self.batch, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, seed=seed)
         for batch, valid in itertools.islice(iter(batches), most):
             data = {k: v.to(mesh.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            image = data[self.image]  # a graph drops keys after their last reader
             for name, graph in graphs.items():
                 data = parts[name](data, graph)
-            image, result = data[self.image], data[self.result]
-            counts = (batch["row"] < self.samples).to(mesh.device) & valid
-            found = {"psnr": psnr(result, image.to(result.dtype)), "l1": (result - image).abs().flatten(1).mean(1)}
+            result = data[self.result]
+            rows = batch["row"]
+            counts = (rows < self.samples).to(mesh.device) & valid
+            pixels = to_pixels(result), to_pixels(image)
+            found = {
+                "l1": (result - image).abs().flatten(1).mean(1),
+                "psnr": psnr(*(x.double() / 127.5 - 1 for x in pixels)),
+            }
+            if min(image.shape[-2:]) >= WINDOW:
+                found["ssim"] = ssim(*pixels)
             if self.distance in data:
                 found["lpips"] = data[self.distance]
             for name, value in (found | {"rows": torch.ones_like(found["psnr"])}).items():
                 sums[name] = sums.get(name, 0.0) + torch.where(counts, value.double(), 0.0).sum()
+            if self.extractor is not None:
+                features = self.extractor(image), self.extractor(result)
+                for statistics, some in zip((real, made), features, strict=True):
+                    here = counts.to(some.pooled.device)
+                    kept = Features(*(part[here] for part in vars(some).values()))
+                    statistics.add(kept, rows[counts.cpu()].tolist())
             if valid:
                 both = torch.stack((image.to(result.dtype), result), dim=1).cpu()
-                pairs |= {row: pair for row, pair in zip(batch["row"].tolist(), both, strict=True) if row < self.shown}
+                pairs |= {row: pair for row, pair in zip(rows.tolist(), both, strict=True) if row < self.shown}
         totals = dict(zip(sums, mesh.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
-        rows = totals.pop("rows")
+        count = totals.pop("rows")
         every = {row: pair for part in gather_objects(pairs) for row, pair in part.items()}
         picture = self.picture(torch.stack([every[row] for row in sorted(every)]))
-        return Findings({n: total / rows for n, total in totals.items()}, {"grid": picture}, self.notes(graphs))
+        values = {name: total / count for name, total in totals.items()}
+        notes = self.notes(graphs) | {"images": str(round(count))}
+        if self.extractor is not None and features is not None:
+            for statistics, some in zip((real, made), features, strict=True):
+                statistics.merge(mesh, some)
+            assert real.pooled is not None and made.pooled is not None
+            values["rfid"] = frechet_distance(real.pooled, made.pooled)
+            notes["extractor"] = self.extractor.name
+        return Findings(values, {"grid": picture}, notes)
 
     def picture(self, pairs: Tensor) -> Tensor:
         """[N, 2, C, H, W] -> uint8 [height, width, C]."""

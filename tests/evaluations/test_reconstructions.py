@@ -12,8 +12,9 @@ from torch import Tensor
 from l3m_like.core import MetaModel, ReadWriteBlock
 from l3m_like.core.errors import UserError
 from l3m_like.distributed.mesh import build_mesh
-from l3m_like.evaluations import ReconstructionQuality
-from l3m_like.evaluations.reconstruction_quality import psnr, ssim
+from l3m_like.evaluations import Reconstruction
+from l3m_like.evaluations.reconstruction import ssim
+from l3m_like.losses.reconstruction import psnr
 from tests.distributed.pool import run as on_ranks
 from tests.evaluations.test_image_sets import Corners
 
@@ -26,11 +27,11 @@ def test_by_scikit_image(channels) -> None:
     x = x.round().clamp(0, 255)
     for number, (one, other) in enumerate(zip(x.double().numpy(), y.double().numpy(), strict=True)):
         expected = peak_signal_noise_ratio(one, other, data_range=255)
-        assert float(psnr(x, y)[number]) == pytest.approx(expected, rel=1e-12)
+        assert float(psnr(x.double() / 127.5 - 1, y.double() / 127.5 - 1)[number]) == pytest.approx(expected, rel=1e-12)
         settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
         expected = structural_similarity(one, other, channel_axis=0, **settings)
         assert float(ssim(x, y)[number]) == pytest.approx(expected, rel=1e-10)
-    assert torch.allclose(ssim(x, x), torch.ones(2, dtype=torch.float64)) and psnr(x, x).isinf().all()
+    assert torch.allclose(ssim(x, x), torch.ones(2, dtype=torch.float64)) and (psnr(x / 255, x / 255) == 120).all()
     with pytest.raises(UserError, match="11x11"):
         ssim(x[..., :10], y[..., :10])
 
@@ -54,10 +55,10 @@ def quality_on(axes: dict[str, int], batch: int) -> dict[str, float]:
 
     data = RunConfig.from_file(CONFIGS / "sit.yaml").instantiate("evals.heldout.data")
     model = MetaModel(trunk=Darker(), stream="image")
-    settings = {"extractor": Corners(), "samples": 23, "distances": {"l1": lambda x, y: (x - y).abs().flatten(1).mean(1)}}
-    quality = ReconstructionQuality(data, "image_reconstruction", batch=batch, **settings)
+    quality = Reconstruction(data, batch=batch, samples=23, shown=5, columns=3, extractor=Corners())
     found = quality.evaluate(model, mesh=build_mesh(axes), step=0, seed=0, folder=CONFIGS)
-    assert found.notes == {"pictures": "23", "extractor": "corners"}
+    assert found.notes == {"images": "23", "extractor": "corners"}
+    assert tuple(found.images["grid"].shape[:2]) == (4 * 30 - 2, 3 * 30 - 2)
     return dict(found.values)
 
 
