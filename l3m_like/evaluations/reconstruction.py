@@ -55,9 +55,9 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Reconstruction:
-    """Held-out images through the inference graph: ``l1`` (images in [-1, 1]), ``psnr`` (dB) and ``ssim`` of 8-bit pixels,
-    ``lpips`` if a block of the model writes it, each a mean over rows; ``rfid``, the FID between images and reconstructions, with an
-    extractor; and a picture with every row of images above that of its reconstructions.
+    """Held-out images through the inference graph: ``l1`` (of images in [-1, 1]), ``psnr`` (dB) and ``ssim`` of 8-bit pixels,
+    ``lpips`` if a block of the model writes it, each a mean over rows; ``rfid``, the FID between images and reconstructions, with
+    an extractor; and a picture with every row of images above that of its reconstructions.
 
     Args:
         data: the dataset (the entry's ``data``).
