@@ -54,7 +54,7 @@ MOST_LINES = {
 #: the trained ones alone, where a published encoder is frozen
 TRAINED = {"dit_dh_xl": 838_380_628}
 #: trained by the slow tests alone
-SLOW = ("block_diffusion", "siglip", "vit", "mae", "aimv1", "aimv2")
+SLOW = ("block_diffusion", "siglip", "vit", "mae", "aimv1", "aimv2", "dit_dh")
 #: starts from another experiment's run: tests/training/test_distillation.py trains it
 FROM_A_RUN = ("distill",)
 

@@ -128,7 +128,14 @@ def norm_of_a_shard() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("fault", [weight_of_one_rank, augmented_by_place, norm_of_a_shard])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        weight_of_one_rank,
+        pytest.param(augmented_by_place, marks=pytest.mark.slow),
+        pytest.param(norm_of_a_shard, marks=pytest.mark.slow),
+    ],
+)
 def test_a_planted_fault_is_found(fault: Any) -> None:
     cfg = experiment("rae", **settings("dp_shard 2"))
     with pytest.raises(AssertionError, match="against"):
