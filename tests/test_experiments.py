@@ -83,7 +83,8 @@ def test_plan(path: Path) -> None:
     for name, evaluation in cfg.evals.items():
         data = {} if evaluation.data is None else {"data": cfg.instantiate(f"evals.{name}.data")}
         if evaluation.run is not None:
-            cfg.instantiate(f"evals.{name}.run", **data)
+            sampler = {"sampler": cfg.instantiate("sample")} if evaluation.run.get("sampler", 0) is None else {}
+            cfg.instantiate(f"evals.{name}.run", **data, **sampler)
     if cfg.sample is not None:
         cfg.instantiate("sample")
     assert run.steps and run.micro_rows * run.accumulation == cfg.batch.global_

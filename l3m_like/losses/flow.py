@@ -20,6 +20,7 @@ class FlowMatching(Loss):
 
     Args:
         elements: of a row, where what is noised is a latent that the model makes of the loader's image (None: the image's own).
+            Data without one maps the port ``image`` to another of its keys, e.g. ``row``.
         settings: weight, start, reads, stream of ``Loss``.
     """
 
