@@ -116,7 +116,7 @@ def train_both(steps: int) -> list[tuple[float, float]]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        losses.append((float(mine), float(theirs_loss)))
+        losses.append((float(mine.detach()), float(theirs_loss.detach())))
     return losses
 
 
