@@ -30,6 +30,15 @@ def commands() -> list[tuple[str, str, str | None]]:
     return found
 
 
+def test_files_that_are_named_exist() -> None:
+    """Of docs, tools and experiments, wherever a page, a config or the code names one."""
+    named = re.compile(r"(?<![\w/.<{])(?:docs|run|configs|tests)/(?!data/NAME)[\w./-]*\w\.(?:md|py|sh|yaml|png)\b")
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
+    pages += [*(ROOT / "l3m_like").rglob("*.py"), *(ROOT / "run").glob("*.py")]
+    missing = {(page.name, name) for page in pages for name in named.findall(page.read_text()) if not (ROOT / name).is_file()}
+    assert not missing
+
+
 def test_commands_are_found() -> None:
     assert len(commands()) >= 5
 

@@ -91,6 +91,11 @@ def test_plan(path: Path) -> None:
     assert all(graph.steps for update in run.updates for graph in update.graphs.values())
 
 
+def test_the_readme_lists_them() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert not [path.stem for path in EXPERIMENTS if f"`{path.stem}`" not in readme]
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_saved_config_is_the_same_run(path: Path, tmp_path: Path) -> None:
     cfg = RunConfig.from_file(path)
