@@ -20,6 +20,7 @@ from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Init, Normal, Ones, Zeros
 from l3m_like.kernels.linear_cross_entropy import IGNORE, check_backend, linear_cross_entropy
 from l3m_like.kernels.select import selected
+from l3m_like.layers.lora import LoRALinear
 from l3m_like.layers.masks import AttentionMask, attended_pairs
 
 ATTENTION = ("auto", "sdpa", "eager", "flex_attention")
@@ -214,6 +215,8 @@ class HFModel(ReadWriteBlock):
         std = getattr(self.hf_config.get_text_config(), "initializer_range", None) or 0.02
         for path, module in self.model.named_modules():
             own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, LoRALinear):  # its adapter says itself how it is drawn
+                own = {name: p for name, p in own.items() if not name.startswith("lora_")}
             vectors = {name: p for name, p in own.items() if p.dim() < 2}
             set_by_class = _computed(self.model, module, vectors) if vectors else {}
             for name in own:

@@ -89,8 +89,11 @@ class ReadWriteBlock(nn.Module):
     def bind(self, mesh: Any) -> None:
         """The one hook for a block that must communicate; called once, after the mesh is built."""
 
-    def after_step(self, mesh: Any) -> None:
-        """Called once per optimizer step, after it (router biases, codebooks, statistics)."""
+    def after_step(self, mesh: Any, skipped: Tensor | None = None) -> None:
+        """Called once per optimizer step, after it (router biases, codebooks, statistics).
+
+        ``skipped``: a device scalar, 1 where the step was skipped and nothing may change; None: it was not.
+        """
 
     def read_ports(self) -> dict[str, bool]:
         """``{port: is optional}`` from the signature of ``compute``."""

@@ -287,9 +287,9 @@ class Tower(_Nested):
         """The keys that may be absent, or empty, on a rank."""
         return tuple(self._dummy)
 
-    def after_step(self, mesh: Any) -> None:
+    def after_step(self, mesh: Any, skipped: Tensor | None = None) -> None:
         for _, block in self.model.blocks():
-            block.after_step(mesh)
+            block.after_step(mesh, skipped)
 
     def dummy(self, device: torch.device) -> dict[str, Tensor]:
         """One row of zeros per declared input."""

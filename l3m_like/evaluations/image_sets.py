@@ -116,7 +116,8 @@ class Statistics:
         if self.score is not None:
             self.score.add(features.logits, torch.tensor(rows, device=features.logits.device))
         if self.keeps:
-            self._kept |= dict(zip(rows, features.pooled.cpu(), strict=True))
+            # no views: a row that is sent would take its whole batch along
+            self._kept |= {row: one.clone() for row, one in zip(rows, features.pooled.cpu(), strict=True)}
 
     def merge(self, mesh: Mesh, like: Features) -> None:
         """Once, at the end, on every rank: of all ranks' pictures. ``like``: features of any picture, for ranks without one."""

@@ -154,7 +154,7 @@ class Reconstruction:
                     statistics.add(kept, rows[counts.cpu()].tolist())
             if valid:
                 both = torch.stack((image.to(result.dtype), result), dim=1).cpu()
-                pairs |= {row: pair for row, pair in zip(rows.tolist(), both, strict=True) if row < self.shown}
+                pairs |= {row: pair.clone() for row, pair in zip(rows.tolist(), both, strict=True) if row < self.shown}
         totals = dict(zip(sums, mesh.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
         count = totals.pop("rows")
         every = {row: pair for part in gather_objects(pairs) for row, pair in part.items()}

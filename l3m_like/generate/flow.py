@@ -273,6 +273,7 @@ class FlowODE(FlowSampler):
         start, end = self.interpolant.interval(self.margin)
         if self.method == "dopri5":
             atol, rtol = self.tolerances
+            end = start + (end - start) * self.last
             return dopri5(velocity, x, start, end, steps=self.steps, atol=atol, rtol=rtol, mesh=mesh)
         return SOLVERS[self.method](velocity, x, self.times(start, end, self.steps))
 
@@ -313,6 +314,8 @@ class FlowSDE(FlowSampler):
             raise UserError(f"FlowSDE: last_size is {self.last_size}; it is a part of the time, above 0 and below 1.")
         if not self.norm >= 0:
             raise UserError(f"FlowSDE: norm is {self.norm}; it is at least 0 (no noise).")
+        if self.last != 1:
+            raise UserError(f"FlowSDE: last is {self.last}; where its grid ends is last_size. Leave it at 1.")
         if self.steps < 2:
             raise UserError(f"FlowSDE: steps is {self.steps}; the last one has no noise, so at least 2 are needed.")
 

@@ -79,7 +79,12 @@ class Harness:
     def _texts(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
         new = int(settings.get("max_gen_toks", settings.get("max_new_tokens", 256)))
         until = settings.get("until") or []
-        kept = max(1, self.max_length - new)
+        kept = self.max_length - new
+        if kept < 1:
+            raise UserError(
+                f"a task asks for {new} new tokens, and max_length is {self.max_length}: no token of a prompt is left. Raise "
+                "--max-length, or lower the task's max_gen_toks."
+            )
         prompts = [(self.process.encode(context) or [self.process.end_id])[-kept:] for context in contexts]
         drawn = bool(settings.get("do_sample")) and float(settings.get("temperature", 1.0)) > 0
         sampler = Autoregressive(

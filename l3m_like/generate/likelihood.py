@@ -122,8 +122,8 @@ class FlowLikelihood:
 
 def bits_per_dimension(nats: Tensor, numbers: int, levels: int = 256) -> Tensor:
     """Bits per number of images in [-1, 1] that have ``levels`` values, from the nats of images with uniform noise of one level
-    added (dequantised, arXiv:1511.01844): -nats / (numbers ln 2) + log2(levels / 2)."""
-    return -nats / (numbers * math.log(2)) + math.log2(levels / 2)
+    added (dequantised, arXiv:1511.01844): -nats / (numbers ln 2) + log2((levels - 1) / 2): a level is 2 / (levels - 1)."""
+    return -nats / (numbers * math.log(2)) + math.log2((levels - 1) / 2)
 
 
 @contextmanager

@@ -154,7 +154,9 @@ def linear_top_k(hidden: Tensor, weight: Tensor, k: int, *, chunk_tokens: int | 
     for at in _slices(len(rows), chunk_tokens or _chunk_tokens(weight)):
         logits = (rows[at] @ weight.T).to(_wide(rows))
         top, ids[at] = logits.topk(k, dim=-1)
-        log_probs[at] = top - logits.logsumexp(-1, keepdim=True)
+        # of the first from what the others have: so that 1 - p of a sure teacher keeps its digits
+        others = logits.scatter_(-1, ids[at][:, :1], -math.inf).logsumexp(-1, keepdim=True)
+        log_probs[at] = top - top[:, :1] - torch.logaddexp(torch.zeros_like(others), others - top[:, :1])
     return log_probs.view(*hidden.shape[:-1], k), ids.view(*hidden.shape[:-1], k)
 
 
@@ -199,8 +201,9 @@ class _TopK:
         other = wide.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
         log_q = torch.cat((wide.gather(-1, ids), other), dim=-1)
         log_p = log_probs.to(wide.dtype)
-        left = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(wide.dtype).tiny)  # below 0 by rounding
-        log_p = torch.cat((log_p, left.log()), dim=-1)
+        left = -torch.expm1(log_p.double().logsumexp(-1, keepdim=True))
+        left = left.clamp(min=torch.finfo(wide.dtype).tiny).log().to(wide.dtype)  # below 0 by rounding
+        log_p = torch.cat((log_p, left), dim=-1)
         value = self.divergence.of(log_p, log_q)
         if not sloped:
             return value, None

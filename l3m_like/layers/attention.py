@@ -113,11 +113,11 @@ class Attention(nn.Module):
             if kv is None:
                 raise UserError("Attention: no layer below gives these queries keys and values (kv_every of the trunk).")
             k, v = kv
-            q = norm_rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin, q_weight, self.norm_eps)
+            q = self._ordered(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
+            q = norm_rope(q, cos, sin, q_weight, self.norm_eps)
         else:
             q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in joint_linear(x, self.q_proj, self.k_proj, self.v_proj))
-            if self.interleaved:  # scores do not change when queries and keys are put into another order
-                q, k = (x.unflatten(-1, (-1, 2)).mT.flatten(-2) for x in (q, k))
+            q, k = self._ordered(q), self._ordered(k)
             q, k = qk_norm_rope(q, k, cos, sin, q_weight, k_weight, self.norm_eps, backend=self.rope_backend)
         if self.query_factor != 1:
             q = q * self.query_factor
@@ -125,6 +125,10 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         out = self.out_proj(attention(q, k, v, mask).flatten(2))
         return (out, (k, v)) if self.gives_kv else out
+
+    def _ordered(self, heads: Tensor) -> Tensor:
+        """Queries or keys [B, S, H, K] in the order that the rotation takes: scores do not change when both are reordered."""
+        return heads.unflatten(-1, (-1, 2)).mT.flatten(-2) if self.interleaved else heads
 
     def take_kv(self) -> None:
         """Have no keys and values, but use those that ``forward`` is given (arXiv:2405.12981)."""

@@ -15,6 +15,7 @@ from l3m_like.kernels.attention import LoweredMask, attention, check_backend
 from l3m_like.kernels.rope import qk_norm_rope
 from l3m_like.kernels.select import selected
 from l3m_like.layers.cache import LayerCache
+from l3m_like.layers.lora import LoRALinear
 from l3m_like.layers.norm import RMSNorm
 from l3m_like.layers.rope import yarn_magnitude
 
@@ -124,7 +125,8 @@ class LatentAttention(nn.Module):
 
     def _between_latents(self, q: Tensor, q_turned: Tensor, latents: Tensor, rs: Tensor, mask: LoweredMask | None) -> Tensor:
         """The same numbers without making keys and values: ``q . (c W_k) = (q W_k^T) . c``, one key head for all queries."""
-        weight = self.kv_up.weight.to_local() if isinstance(self.kv_up.weight, DTensor) else self.kv_up.weight
+        weight = self.kv_up.merged_weight() if isinstance(self.kv_up, LoRALinear) else self.kv_up.weight
+        weight = weight.to_local() if isinstance(weight, DTensor) else weight
         keys, values = weight.unflatten(0, (-1, self.nope_dim + self.v_dim)).split([self.nope_dim, self.v_dim], dim=1)
         queries = torch.cat((torch.einsum("bshk,hkr->bshr", q, keys), q_turned), dim=-1)
         # attention divides by the root of the width that it sees

@@ -43,6 +43,10 @@ class LoRALinear(nn.Linear):
         update = F.linear(F.linear(F.dropout(x, self.dropout, self.training), self.lora_a), self.lora_b)
         return super().forward(x) + self.scaling * update
 
+    def merged_weight(self) -> Tensor:
+        """W + scaling * B A [out, in], for who reads the matrix instead of calling the layer."""
+        return self.weight + self.scaling * (self.lora_b @ self.lora_a)
+
     def tp_cuts(self, style: str) -> dict[str, int | None]:
         """``{parameter: dimension to cut, None: whole}`` of the adapter, where W is cut in ``style``: the map that W's cut
         dimension belongs to is cut with it."""

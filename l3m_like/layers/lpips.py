@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Init, Ones
+from l3m_like.layers.patch_embed import per_channel
 
 #: mean and deviation of ImageNet's colours for images in [-1, 1], as the published weights expect them
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -93,7 +94,7 @@ class LPIPS(nn.Module):
         both = torch.cat((x.to(dtype), y.to(dtype)))
         if self.smallest is not None and min(both.shape[-2:]) < self.smallest:
             both = F.interpolate(both, size=(self.smallest, self.smallest), mode="bilinear", align_corners=False)
-        shift, scale = (both.new_tensor(numbers).view(1, 3, 1, 1) for numbers in (SHIFT, SCALE))
+        shift, scale = (per_channel(both, numbers) for numbers in (SHIFT, SCALE))
         total = torch.zeros((), dtype=dtype, device=x.device)
         rows: list[Any] = list(self.weights)
         for features, row in zip(self.features((both - shift) / scale), rows, strict=True):

@@ -94,6 +94,14 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, dim))
         self.register_buffer("bias", None if bias_rate is None else torch.zeros(experts, dtype=torch.float32))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """The bias keeps at least float32 when the module is cast: it moves by small steps, and near ties choose experts."""
+        before = self.bias
+        super()._apply(fn, recurse)
+        if before is not None and self.bias is not None and self.bias.dtype.itemsize < 4:
+            self.bias = self.bias.float() if before.is_meta else before.to(self.bias.device)
+        return self
+
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Routing]:
         """x [B, S, D], valid bool [B, S] (None: all) -> weights [B, S, k] in at least float32, experts int64 [B, S, k], and
         what was done."""
@@ -258,13 +266,16 @@ class RouterLoads:
 
     def add(self, loads: Tensor) -> None:
         """``loads`` [L, B, E] of one micro-batch, a row of layers in the order of the modules."""
-        if any(router.bias_rate for router in self.routers) and not loads.is_meta:
+        if any(router.bias_rate and router.weight.requires_grad for router in self.routers) and not loads.is_meta:
             load = loads.detach().sum(1)
             self._load = load if self._load is None else self._load + load
 
-    def step(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Move the biases; ``total`` sums loads over all rows of the batch."""
+    def step(self, total: Callable[[Tensor], Tensor], skipped: Tensor | None = None) -> None:
+        """Move the biases, but where the device scalar ``skipped`` is 1; ``total`` sums loads over all rows of the batch."""
         if self._load is not None:
-            for router, load in zip(self.routers, total(self._load), strict=True):
-                router.move(load)
+            loads = total(self._load)
+            loads = loads if skipped is None else loads * (1 - skipped).to(loads.dtype)  # even ones move nothing
+            for router, load in zip(self.routers, loads, strict=True):
+                if router.weight.requires_grad:  # a frozen one stays as it is
+                    router.move(load)
             self._load = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -67,3 +69,8 @@ class PatchProjection(nn.Module):
     def init_spec(self) -> dict[str, Init]:
         spec: dict[str, Init] = {"proj.weight": XavierUniform()}
         return spec if self.proj.bias is None else spec | {"proj.bias": Zeros()}
+
+
+def per_channel(like: Tensor, numbers: Sequence[float]) -> Tensor:
+    """``numbers`` as [1, C, 1, 1] of the dtype and device of ``like``; by fills, which do not wait for the device."""
+    return torch.stack([like.new_full((), number) for number in numbers]).view(1, -1, 1, 1)

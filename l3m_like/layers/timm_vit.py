@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal, Ones, Zeros
+from l3m_like.layers.patch_embed import per_channel
 
 #: mean and deviation of ImageNet's colours in [0, 1]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -61,7 +62,7 @@ class TimmViT(nn.Module):
         """The image as the model expects it, in the weights' dtype."""
         if self.image_size is not None and image.shape[-2:] != (self.image_size, self.image_size):
             image = F.interpolate(image, size=(self.image_size, self.image_size), mode=self.resize, align_corners=False)
-        mean, std = (image.new_tensor(numbers).view(1, 3, 1, 1) for numbers in (self.mean, self.std))
+        mean, std = (per_channel(image, numbers) for numbers in (self.mean, self.std))
         return (((image + 1) / 2 - mean) / std).to(self.model.patch_embed.proj.weight.dtype)
 
     def grid(self, image: Tensor) -> tuple[int, int]:

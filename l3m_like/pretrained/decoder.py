@@ -80,6 +80,7 @@ def describe(model: nn.Module, *, qk_norm: bool, qkv_bias: bool, windows: bool =
         ("qk_norm", qk_norm, mixer.q_norm is not None),
         ("qkv_bias", qkv_bias, mixer.q_proj.bias is not None),
         ("out_bias", False, mixer.out_proj.bias is not None),
+        ("interleaved", False, mixer.interleaved),
     ):
         if has != wanted:
             raise UserError(f"its attention has {'no' if wanted else 'a'} {knob}; set {knob}: {str(wanted).lower()}.")

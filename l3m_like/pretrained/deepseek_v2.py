@@ -31,7 +31,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
                 raise UserError("its routers are others; set score: softmax, normalize: false and bias_rate: null.")
             if router.groups > 1 and router.group_top != 1:
                 raise UserError("the groups of its routers count by several experts; set group_top: 1.")
-    del fields["rope_interleave"]  # always so
+    if not fields.pop("rope_interleave"):
+        raise UserError("its rotary positions turn halves of a head; set interleaved: true.")
     return fields | {"topk_method": "greedy" if fields["n_group"] == 1 else "group_limited_greedy"}
 
 

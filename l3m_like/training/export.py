@@ -215,7 +215,10 @@ def _config(cfg: RunConfig, model: MetaModel, of: Family, source: Folder | None,
         there = of.normal(source.config)
         changed = {field: value for field, value in ours.items() if there.get(field) != value}
         old = {"torch_dtype"} & set(source.config)
-        return {**source.config, **changed, (old.pop() if old else "dtype"): name}
+        kept = dict(source.config)
+        if "rope_parameters" in changed:  # the older spelling, which readers would prefer
+            kept = {field: value for field, value in kept.items() if field not in ("rope_scaling", "rope_theta")}
+        return {**kept, **changed, (old.pop() if old else "dtype"): name}
     config = {"architectures": [of.architecture], "model_type": of.model_type, **ours, "dtype": name}
     train = cfg.to_dict()["data"]["train"]
     length = (train.get("pack") or {}).get("length")

@@ -20,7 +20,7 @@ from l3m_like.distributed.mesh import Mesh
 from l3m_like.distributed.parallelize import DTYPES, parallelize
 from l3m_like.training.build import build_model
 from l3m_like.training.checkpoint import Checkpointer, DamagedCheckpoint, load_full, whole_steps
-from l3m_like.training.init import init_specs, initialize, materialize
+from l3m_like.training.init import init_specs, initialize, materialize, random_weights
 from l3m_like.training.lora import load_adapters
 from l3m_like.training.start_from import load_weights
 
@@ -138,7 +138,8 @@ def load(
         loaded = load_weights(model, cfg.init) if cfg.init is not None else ()
         for name, part in parts.items():
             initialize(part, cfg.seed, f"{name}." if name else "", specs[name], without=loaded)
-        load_adapters(model, cfg.lora)
+        load_adapters(model, cfg.lora, None if cfg.init is None else cfg.init.family)
+        random_weights(parts.values())  # a frozen part that nothing was loaded into, unless the config says so
 
     # ---- its weights ---------------------------------------------------------------------------------------------
     if checkpoints is not None:

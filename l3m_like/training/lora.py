@@ -15,9 +15,10 @@ from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import Frozen
 from l3m_like.distributed.gradients import local
 from l3m_like.layers.lora import LoRALinear
-from l3m_like.pretrained.families import family_of
+from l3m_like.pretrained.families import family, family_of
 from l3m_like.pretrained.lora import import_peft, layer_paths
 from l3m_like.pretrained.name_map import NameMap
+from l3m_like.pretrained.wrapped import wrapped_family
 from l3m_like.training.init import shard_index
 from l3m_like.training.optim.groups import matching
 
@@ -50,15 +51,18 @@ def add_adapters(model: nn.Module, settings: Lora) -> None:
 
 
 @torch.no_grad()
-def load_adapters(model: nn.Module, settings: Lora | None) -> None:
+def load_adapters(model: nn.Module, settings: Lora | None, named: str | None = None) -> None:
     """Fill the adapters of ``model`` (materialised, sharded or not) from the PEFT folder that ``settings`` name, if they do.
+
+    ``named``: the name map of the base (``init.family``).
 
     Raises:
         UserError: other adapters than those of the model.
     """
     if settings is None or settings.from_ is None:
         return
-    names = NameMap.of(family_of(model).templates(model), model, strict=False)
+    of = family(named) if named else wrapped_family(model) or family_of(model)
+    names = NameMap.of(of.templates(model), model, strict=False)
     state, theirs = import_peft(settings.from_, layer_paths(names))
     for name in ("rank", "alpha", "rank_stabilized"):
         if theirs[name] != getattr(settings, name):

@@ -19,6 +19,7 @@ from l3m_like.core.meta_model import Frozen, MetaModel, Tower
 from l3m_like.distributed.gradients import local
 from l3m_like.pretrained.families import family
 from l3m_like.pretrained.folder import Folder, find_folder
+from l3m_like.pretrained.name_map import ADAPTERS
 from l3m_like.pretrained.wrapped import wrapped_family
 from l3m_like.training.checkpoint import Checkpointer, whole_steps
 from l3m_like.training.hugging_face import Fit, fit
@@ -102,6 +103,14 @@ class Start:
         left: list[str] = []
         with contextlib.closing(Checkpointer(folder)) as checkpointer:
             stored = checkpointer.dtypes(step)
+            lacking = [name for name in stored if name.startswith("model/") and name.endswith(ADAPTERS)]
+            lacking = [name.removeprefix("model/") for name in lacking if name.removeprefix("model/") not in tensors]
+            lacking = [name for name in lacking if not name.startswith(tuple(f"{path}." for path in self.without))]
+            if lacking:
+                raise UserError(
+                    f"{self.setting} = {self.where} was tuned with adapters ('{lacking[0]}' ...), which this model has not: it "
+                    "would be the untuned one. Give the same `lora` section, or start from its merged export (convert.py to-hf)."
+                )
             begin_here = {name for name in adapter_names(self.module) if f"model/{name}" not in stored}
             tensors = {name: tensor for name, tensor in tensors.items() if name not in begin_here}
             if not self.strict:

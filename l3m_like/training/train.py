@@ -164,7 +164,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         loaded = load_weights(run.model, cfg.init) if cfg.init is not None else ()
         for name, part in parts.items():
             initialize(part, cfg.seed, f"{name}." if name else "", specs[name], without=loaded)
-        load_adapters(run.model, cfg.lora)
+        load_adapters(run.model, cfg.lora, None if cfg.init is None else cfg.init.family)
 
     # ---- optimizers, state, data ---------------------------------------------------------------------------------
     trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}

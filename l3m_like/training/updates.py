@@ -59,6 +59,9 @@ class Update:
         if self.adaptive is not None:
             self.adaptive.refuse_cut(self.name)
         self.tp_summed = tp_summed_parameters(self.parts.values())
+        #: the blocks that this update trains, and those that nothing trains: a block follows the steps of its own update
+        own, blocks = {id(p) for p in self.parameters.values()}, [b for part in self.parts.values() for _, b in part.blocks()]
+        self.followed = [b for b in blocks if not any(True for _ in b.parameters()) or any(id(p) in own for p in b.parameters())]
 
     def _needed(self, step: int) -> tuple[list[str], dict[str, Loss]]:
         """The parts and the terms that run at ``step``: terms that have begun, and parts that they, or later updates, read."""
@@ -176,9 +179,9 @@ class Update:
         self.optimizer.set_lr_scale(lr_scale)
         self.optimizer.step(found_inf=bad, grad_scale=excess)
         self.optimizer.zero_grad(set_to_none=True)
+        for block in self.followed:
+            block.after_step(mesh, bad)
         for part in self.parts.values():
-            for _, block in part.blocks():
-                block.after_step(mesh)
             # a part that ran without a backward pass would stay gathered, with the gradients that this update asks for
             reshard(part)
         return norm, bad
@@ -263,9 +266,10 @@ class AdaptiveWeight:
         if not value.requires_grad:
             return torch.zeros_like(value)
         (out,) = torch.autograd.grad(value, self._output, retain_graph=True, allow_unused=True)
-        rows = self._input.flatten(0, -2)
-        weight = torch.zeros_like(rows[:1].mT @ rows[:1]) if out is None else out.flatten(0, -2).to(rows.dtype).mT @ rows
-        return mesh.sum(weight).norm()
+        if out is None:
+            return torch.zeros_like(value)
+        wide = torch.promote_types(self._input.dtype, torch.float32)
+        return mesh.sum(out.flatten(0, -2).to(wide).mT @ self._input.flatten(0, -2).to(wide)).norm()
 
 
 def plan_updates(cfg: Any, parts: Mapping[str, MetaModel], losses: Mapping[str, Loss]) -> list[Update]:
@@ -313,6 +317,13 @@ def _adaptive(update: str, config: Any, terms: Mapping[str, Loss]) -> AdaptiveWe
     for term in (config.term, *against):
         if term not in terms:
             raise UserError(f"updates.{update}.adaptive: no term '{term}'. {did_you_mean(term, terms)}")
+        if terms[term].weight is None:
+            raise UserError(f"updates.{update}.adaptive: '{term}' is a metric (weight: null), and has no gradient.")
+        if terms[term].start > terms[config.term].start:
+            raise UserError(
+                f"updates.{update}.adaptive: '{config.term}' is weighed against '{term}', which begins later (step "
+                f"{terms[term].start} and {terms[config.term].start}). Let it begin first."
+            )
     return AdaptiveWeight(config.term, against, config.at, config.max)
 
 

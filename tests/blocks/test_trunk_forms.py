@@ -212,3 +212,15 @@ def test_learned_positions() -> None:
         embed.compute(torch.zeros(1, 6, dtype=torch.int64))
     assert set(embed.init_spec()) == {name for name, _ in embed.named_parameters()} == {"embed.weight", "place.weight"}
     assert "positions" not in TokenEmbed(10, 4).ports and embed.ports["positions"]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_shared_keys_are_in_the_order_of_their_queries(interleaved: bool) -> None:
+    """A layer with the giver's queries mixes what the giver mixes."""
+    layer = partial(TransformerLayer, mixer=partial(Attention, num_heads=H, interleaved=interleaved), mlp=MLP)
+    giver, taker = (unit.mixer for unit in trunk_of(layer, 2, kv_every=2).layers)
+    for name in ("q_proj", "out_proj"):
+        getattr(taker, name).load_state_dict(getattr(giver, name).state_dict())
+    rope, mask = Rope(D // H, 1e4)(torch.arange(S), torch.float64), LoweredMask(causal=True)
+    out, kv = giver(tokens_of(), rope, mask)
+    torch.testing.assert_close(taker(tokens_of(), rope, mask, None, kv), out, rtol=1e-12, atol=1e-12)

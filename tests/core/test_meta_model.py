@@ -180,7 +180,7 @@ class Notes(Add):
     def bind(self, mesh: Any) -> None:
         self.told.append(("bind", mesh))
 
-    def after_step(self, mesh: Any) -> None:
+    def after_step(self, mesh: Any, skipped: Any = None) -> None:
         self.told.append(("after_step", mesh))
 
 

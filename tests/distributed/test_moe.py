@@ -76,7 +76,7 @@ def bias_of_one_rank() -> Iterator[None]:
     """Only the main rank moves it."""
     from l3m_like.blocks import Transformer
 
-    def broken(self: Any, mesh: Any) -> None:
+    def broken(self: Any, mesh: Any, skipped: Any = None) -> None:
         self.router_loads.step(lambda load: load * mesh.is_main)
 
     with mock.patch.object(Transformer, "after_step", broken):

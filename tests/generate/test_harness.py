@@ -87,3 +87,5 @@ def test_what_does_not_fit(loaded) -> None:
         Harness(loaded.model, None, max_length=8)
     with pytest.raises(UserError, match="max_length is 1"):
         Harness(loaded.model, BYTES, max_length=1)
+    with pytest.raises(UserError, match="no token of a prompt is left"):
+        Harness(loaded.model, BYTES, max_length=8)._texts(["a"], {"max_gen_toks": 8})

@@ -74,8 +74,8 @@ def test_of_a_model_leaves_it_as_it_was() -> None:
 
 
 def test_bits() -> None:
-    # uniform over the cube [-1, 1]^n: log p = -n ln 2, which is 8 bits of 256 levels
-    assert float(bits_per_dimension(torch.tensor(-12 * math.log(2)), 12)) == pytest.approx(8.0)
+    # uniform over 256 levels and the noise of one: a cube of side 2 + 2 / 255
+    assert float(bits_per_dimension(torch.tensor(-12 * math.log(2 * 256 / 255)), 12)) == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize(

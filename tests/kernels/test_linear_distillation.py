@@ -112,6 +112,17 @@ def test_top_k_of_the_teacher() -> None:
     assert torch.equal(ids, expected.indices)
 
 
+def test_top_k_of_a_certain_teacher() -> None:
+    """In float32, what is left of the probability of a teacher with a logit of 30 among zeros keeps its digits."""
+    teacher, student = torch.zeros(1, 1, 1000), torch.zeros(1, 1, 1000)
+    teacher[..., 7], student[..., 7] = 30.0, 14.0
+    eye, targets = torch.eye(1000), torch.zeros(1, 1, dtype=torch.int64)
+    rule = Divergence("reverse_kl")
+    exact = linear_distillation(student.double(), eye.double(), teacher.double(), eye.double(), targets, rule)
+    found = linear_distillation_top_k(student, eye, *linear_top_k(teacher, eye, 10), targets, rule)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
+
+
 def test_certain_teachers_and_low_precision_stay_finite() -> None:
     """A teacher that is certain, a student that is certain of something else, in bfloat16: no NaN, and no divergence below 0."""
     hidden = torch.full((1, 4, D), 30.0, dtype=torch.bfloat16, requires_grad=True)

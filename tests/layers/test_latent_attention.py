@@ -11,7 +11,7 @@ from torch import Tensor
 from l3m_like.blocks import Transformer
 from l3m_like.core.errors import UserError
 from l3m_like.kernels.attention import LoweredMask, attention
-from l3m_like.layers import LatentAttention, Rope, SwiGLU, TransformerLayer
+from l3m_like.layers import LatentAttention, LoRALinear, Rope, SwiGLU, TransformerLayer
 
 D, H = 32, 4
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 1.0}
@@ -47,6 +47,20 @@ def test_cached_equals_whole(q_rank: int | None, backend: str) -> None:
     held = cache.layers[0]
     assert held is not None and held.k is not None and held.v is not None
     assert held.k.shape == (2, 9, 1, 10) and held.v.shape == (2, 9, 1, 4)  # 14 numbers per token, not 2 * 4 * 10
+
+
+def test_cached_equals_whole_with_adapters() -> None:
+    """Between latents the matrix of kv_up is read, not called."""
+    trunk, x = trunk_of(), tokens_of(2, 5)
+    for layer in trunk.layers:
+        adapter = LoRALinear(layer.mixer.kv_up, rank=2, alpha=4.0)
+        for p in (adapter.lora_a, adapter.lora_b):
+            p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        layer.mixer.kv_up = adapter
+    with torch.no_grad():
+        cache = trunk.make_cache(2, 5)
+        parts = [trunk.compute(part, cache=cache) for part in x.split([2, 1, 1, 1], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), trunk.compute(x), rtol=1e-10, atol=1e-12)
 
 
 def test_cached_rows_padded_on_the_left() -> None:

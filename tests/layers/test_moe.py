@@ -136,6 +136,30 @@ def test_one_move_is_the_formula() -> None:
     assert kept.bias is not None and not kept.bias.any()
 
 
+def test_the_bias_of_a_frozen_router_and_of_a_skipped_step_stays() -> None:
+    router = Router(D, 4, 1, score="sigmoid", bias_rate=0.1)
+    assert router.bias is not None
+    uneven = torch.tensor([[[10.0, 0.0, 2.0, 4.0]]])
+    for trained, skipped in ((False, 0.0), (True, 1.0), (True, 0.0)):
+        router.weight.requires_grad_(trained)
+        loads = RouterLoads([router])
+        loads.add(uneven)
+        loads.step(lambda load: load, torch.tensor(skipped))
+        assert bool(router.bias.any()) == (trained and not skipped)
+
+
+def test_the_bias_stays_wide_in_half_precision() -> None:
+    """Neighbours in float32 are one number in bfloat16."""
+    moe = MoE(D, hidden_dim=FFN, experts=4, top_k=1, router=partial(Router, score="sigmoid", bias_rate=0.1))
+    values = torch.tensor([0.1010, 0.1011, 0.1012, 0.1013])
+    moe.router.bias.copy_(values)
+    moe.to(torch.bfloat16)
+    assert moe.router.weight.dtype == torch.bfloat16 and torch.equal(moe.router.bias, values)
+    with torch.device("meta"):
+        empty = MoE(D, hidden_dim=FFN, experts=4, top_k=1, router=partial(Router, bias_rate=0.1)).to(torch.bfloat16)
+    assert empty.router.bias.dtype == torch.float32
+
+
 def test_empty_groups_have_zero_gradients() -> None:
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)

@@ -12,9 +12,11 @@ from torch import Tensor
 from l3m_like.blocks import HFModel
 from l3m_like.blocks.hf_model import positions_of
 from l3m_like.core import MetaModel, UserError
+from l3m_like.core.init import Zeros
 from l3m_like.distributed.mesh import Mesh, build_mesh
 from l3m_like.distributed.parallelize import parallelize
 from l3m_like.generate import Autoregressive
+from l3m_like.layers import LoRALinear
 from l3m_like.training.init import init_specs, initialize, materialize
 from tests.distributed.pool import run as on_ranks
 from tests.distributed.recorder import whole
@@ -207,3 +209,13 @@ def test_a_config_of_a_folder(tmp_path) -> None:
     assert HFModel(str(tmp_path), writes=["nll"]).hf_config.hidden_size == 32
     with pytest.raises(UserError, match="config = .*nothing"):
         HFModel(str(tmp_path / "nothing"), writes=["nll"])
+
+
+def test_adapters_begin_at_the_base() -> None:
+    """The block says how all parameters of its class are drawn, but those of adapters."""
+    model = MetaModel(head=HFModel(SIZES | CONFIGS["llama"], writes=["nll"]), stream="text")
+    attention = model.head.model.get_submodule("model.layers.0.self_attn")
+    attention.q_proj = LoRALinear(attention.q_proj, rank=2, alpha=4.0)
+    specs = init_specs(model)
+    (name,) = (name for name in specs if name.endswith("lora_b"))
+    assert isinstance(specs[name], Zeros)

@@ -141,6 +141,13 @@ def test_only_adapters_train(runs: Path) -> None:
     assert state == {name.removeprefix("model/") for name in added}
 
 
+def test_a_tuned_run_without_its_adapters_is_refused(runs: Path) -> None:
+    """It would be the base, and nobody would know."""
+    cfg = RunConfig.from_dict(tree(runs, "again", init={"from": str(runs / "tuned")}))
+    with pytest.raises(UserError, match="was tuned with adapters"):
+        l3m_like.load(cfg)
+
+
 def test_goes_on_as_if_never_stopped(runs: Path) -> None:
     whole, resumed = saved(runs, "tuned"), saved(runs, "resumed")
     assert set(whole) == set(resumed)

@@ -169,3 +169,9 @@ def test_a_model_without_a_known_output() -> None:
     cfg = RunConfig.from_file(ROOT / "configs" / "experiment" / "sit.yaml", ["mup={base_width: 32, width: 128}"])
     with pytest.raises(UserError, match="no head that scales its output"):
         build_model(cfg)
+
+
+def test_layers_that_it_is_not_built_for() -> None:
+    cfg = RunConfig.from_file(ROOT / "configs" / "experiment" / "moe.yaml", ["mup={base_width: 32, width: 128}"])
+    with pytest.raises(UserError, match="not built for Router"):
+        build_model(cfg)

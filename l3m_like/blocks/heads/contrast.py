@@ -98,7 +98,7 @@ class LogitScale(ReadWriteBlock):
         out = {"scale": self.log_scale.squeeze(0).exp()}
         return out if self.bias is None else out | {"bias": self.bias.squeeze(0)}
 
-    def after_step(self, mesh: Any) -> None:
+    def after_step(self, mesh: Any, skipped: Tensor | None = None) -> None:
         if self.most is not None:
             with torch.no_grad():
                 self.get_parameter("log_scale").clamp_(max=math.log(self.most))

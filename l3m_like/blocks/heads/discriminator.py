@@ -76,7 +76,7 @@ class Discriminator(ReadWriteBlock):
         logits = self.network(seen)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def after_step(self, mesh: Any) -> None:
+    def after_step(self, mesh: Any, skipped: Tensor | None = None) -> None:
         for module in self.network.modules():
             if isinstance(module, SpectralConv):
                 weight = module.weight

@@ -14,7 +14,7 @@ from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, XavierUniform, Zeros
 from l3m_like.layers.lpips import LPIPS
 from l3m_like.layers.norm import make_norm, norm_spec
-from l3m_like.layers.patch_embed import unpatchify
+from l3m_like.layers.patch_embed import per_channel, unpatchify
 from l3m_like.layers.timm_vit import IMAGENET
 
 
@@ -65,7 +65,7 @@ class PatchPixels(ReadWriteBlock):
         patches = self.proj(self.norm(hidden.to(self.proj.weight.dtype)))[:, self.extra :]
         image = unpatchify(patches, self.patch, self.image_size, self.image_size)
         image = image.to(torch.promote_types(image.dtype, torch.float32))
-        mean, std = (image.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (self.mean, self.std))
+        mean, std = (per_channel(image, numbers) for numbers in (self.mean, self.std))
         return 2 * (image * std + mean) - 1
 
     def flops(self, hidden: Tensor) -> int:

@@ -111,8 +111,8 @@ class MultiTokenPrediction(ReadWriteBlock):
         out["ahead_nll"] = vocabulary_nll(self.norm(x).to(weight.dtype), weight, ahead, backend=self.backend)
         return {port: out[port] for port in outputs}
 
-    def after_step(self, mesh: Any) -> None:
-        self.router_loads.step(mesh.sum)
+    def after_step(self, mesh: Any, skipped: Tensor | None = None) -> None:
+        self.router_loads.step(mesh.sum, skipped)
 
     def shard_units(self) -> Iterable[nn.Module]:
         return (self.layer,)

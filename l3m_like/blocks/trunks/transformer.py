@@ -177,8 +177,8 @@ class Transformer(ReadWriteBlock):
         stays = 1 - self.drop_path * torch.arange(layers, device=row.device) / max(layers - 1, 1)
         return ((drawn < stays.view(-1, 1, 1)) / stays.view(-1, 1, 1)).to(tokens.dtype)
 
-    def after_step(self, mesh: Any) -> None:
-        self.router_loads.step(mesh.sum)
+    def after_step(self, mesh: Any, skipped: Tensor | None = None) -> None:
+        self.router_loads.step(mesh.sum, skipped)
 
     def make_cache(
         self, batch: int, max_len: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -227,10 +227,10 @@ def _share_kv(units: Sequence[Any], kv_every: int) -> None:
             kind = f"{type(unit).__name__} of {type(unit.mixer).__name__}"
             raise UserError(f"Transformer: kv_every is {kv_every}; that is built for TransformerLayers of Attention, not {kind}.")
         giver = units[index - index % kv_every].mixer
-        if (unit.mixer.num_kv_heads, unit.mixer.head_dim) != (giver.num_kv_heads, giver.head_dim):
+        if any(getattr(unit.mixer, name) != getattr(giver, name) for name in ("num_kv_heads", "head_dim", "interleaved")):
             raise UserError(
-                f"Transformer: kv_every is {kv_every}, but layer {index} has other key heads (num_kv_heads, head_dim) than the "
-                "layer below whose keys and values it would use; make them equal."
+                f"Transformer: kv_every is {kv_every}, but layer {index} has other key heads (num_kv_heads, head_dim, "
+                "interleaved) than the layer below whose keys and values it would use; make them equal."
             )
         if index % kv_every:
             unit.mixer.take_kv()
