@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from l3m_like.core.errors import UserError
-from l3m_like.core.meta_model import Graph, MetaModel
+from l3m_like.core.meta_model import Frozen, Graph, MetaModel
 from l3m_like.core.wiring import Program, check_wiring, parts_of
 from l3m_like.data.loader import EvalLoader
 from l3m_like.distributed.mesh import Mesh
@@ -75,6 +76,12 @@ class Evaluations:
                 ema.swap()
 
     def _found(self, name: str, step: int) -> Findings:
+        found = self._look(name, step)
+        frozen = [(path, part) for path, part in self.model.named_modules() if isinstance(part, Frozen)]
+        random = ", ".join(path for path, part in frozen if part.random_weights and part.loaded_from is None)
+        return replace(found, notes={**found.notes, "random weights": random}) if random else found
+
+    def _look(self, name: str, step: int) -> Findings:
         if name in self.objects:
             with evaluating(self.parts):
                 folder = Path(self.run_dir) / "evaluations" / name
