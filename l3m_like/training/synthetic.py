@@ -28,6 +28,13 @@ def synthetic_data(cfg: RunConfig, kind: str) -> None:
     if kind not in KINDS:
         raise UserError(f"--data {kind}: no such data. {did_you_mean(kind, KINDS)}")
     cfg.data.sets["train"] = {"_target_": "l3m_like.data.Dataset", **_dataset(cfg, kind)}
+    noise = cfg.model.get("noise") or {}
+    if kind == "latents" and noise.get("latent"):  # a run that draws latents from cached moments: here they are drawn already
+        noise["latent"] = None
+        cfg.model["preprocessor"]["noise"].pop("reads")
+        for setting in ("elements", "reads"):
+            cfg.loss["flow"].pop(setting)
+        cfg.evals.clear()  # their data are moments
 
 
 def _dataset(cfg: RunConfig, kind: str) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def test_a_missing_library_is_skipped_unless_it_was_asked_for(monkeypatch: pytes
     cfg = config("qwen3_1.7b", "tokens")
     sizes = sizes_of(cfg, plan(cfg, 1))
     chosen, skipped = chosen_variants(sizes, None)
-    assert list(chosen) == ["compiled", "compiled-flash"] and set(skipped) == {"liger-compiled", "liger"}
+    assert list(chosen) == ["compiled", "stock", "compiled-flash"] and set(skipped) == {"liger-compiled", "liger"}
     with pytest.raises(UserError, match="liger_kernel is not installed"):
         chosen_variants(sizes, ["liger"])
 

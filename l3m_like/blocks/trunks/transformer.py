@@ -81,7 +81,7 @@ class Transformer(ReadWriteBlock):
             raise UserError(f"Transformer: drop_path is {drop_path}, at least 0 and below 1; above 0 it needs seed: ${{seed}}.")
         self.drop_path, self.seed = drop_path, seed
         if not drop_path:
-            del self.ports["row"]  # nothing is drawn
+            self.ports.pop("row", None)  # nothing is drawn
         self.dim = dim
         self.rope = rope
         self.mask = mask
