@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l3m_like.blocks import Transformer
 from l3m_like.config import RunConfig, start_run
 from l3m_like.config.schema import Init
 from l3m_like.core.errors import UserError
@@ -72,6 +73,9 @@ def export(
     source, notes = _source(cfg)
     named = family_name or (cfg.init.family if cfg.init else None)
     of = family(named) if named else wrapped_family(model) or (family(source.model_type) if source else family_of(model))
+    masks = {trunk.mask for trunk in model.modules() if isinstance(trunk, Transformer)} - {"causal"}
+    if masks and "CausalLM" in of.architecture:
+        notes.append(f"its mask is {masks.pop()}: read as {of.architecture} it has causal attention, and is another model.")
     names = _names(of, model, whole)
     tensors = _Saved(model, names, whole, ema)
     layout = {

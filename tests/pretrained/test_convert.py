@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import l3m_like
 from l3m_like.pretrained.folder import INDEX
 from l3m_like.training.checkpoint import WholeTensors
+from l3m_like.training.export import export
 from tests.distributed.pool import run as on_ranks
 from tests.pretrained.tiny import LLM, config, publish
 
@@ -126,6 +127,15 @@ def changed(run: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Pa
     change(tree)
     (to / "config.yaml").write_text(yaml.safe_dump(tree))
     return to
+
+
+def test_a_mask_that_the_family_has_not_is_said(run, tmp_path) -> None:
+    def whole(tree: dict[str, Any]) -> None:
+        tree["model"]["trunk"]["mask"] = "full"
+
+    said = export(changed(run, tmp_path / "full", whole), tmp_path / "out")
+    assert "its mask is full: read as Qwen3ForCausalLM it has causal attention, and is another model." in said
+    assert not any("its mask" in line for line in export(run, tmp_path / "causal"))
 
 
 def test_the_tokenizer_of_the_run_goes_along(run, tmp_path) -> None:
