@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from l3m_like.core.errors import UserError
 from l3m_like.distributed.mesh import Mesh
 
 
@@ -25,6 +26,10 @@ class Findings:
     values: Mapping[str, float] = field(default_factory=dict)
     images: Mapping[str, Tensor | Path] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if both := sorted(set(self.values) & set(self.notes)):
+            raise UserError(f"Findings: '{both[0]}' is a value and a note: one would replace the other. Rename the note.")
 
 
 class Evaluation(Protocol):

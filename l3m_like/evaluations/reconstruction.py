@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.core.meta_model import Frozen, Graph, Step
+from l3m_like.core.meta_model import Graph, Step
 from l3m_like.core.wiring import parts_of
 from l3m_like.data.loader import EvalLoader
 from l3m_like.distributed.mesh import Mesh, gather_objects
@@ -160,7 +160,7 @@ class Reconstruction:
         every = {row: pair for part in gather_objects(pairs) for row, pair in part.items()}
         picture = self.picture(torch.stack([every[row] for row in sorted(every)]))
         values = {name: total / count for name, total in totals.items()}
-        notes = self.notes(graphs) | {"images": str(round(count))}
+        notes = {"images": str(round(count))}
         if self.extractor is not None and features is not None:
             for statistics, some in zip((real, made), features, strict=True):
                 statistics.merge(mesh, some)
@@ -174,9 +174,3 @@ class Reconstruction:
         lines = [half for line in pairs.split(self.columns) for half in (line[:, 0], line[:, 1])]
         blank = [torch.ones_like(line[:1]).expand(self.columns - len(line), *line.shape[1:]) for line in lines]
         return torch.from_numpy(grid(torch.cat([torch.cat(both) for both in zip(lines, blank, strict=True)]), self.columns))
-
-    def notes(self, graphs: dict[str, Graph]) -> dict[str, str]:
-        """What a reader must know about the numbers."""
-        blocks = [step.block for graph in graphs.values() for step in graph.steps if self.distance in step.block.writes.values()]
-        random = any(isinstance(block, Frozen) and block.random_weights and block.loaded_from is None for block in blocks)
-        return {"lpips": "of a network with random weights"} if random else {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from l3m_like.core import MetaModel, ReadWriteBlock
 from l3m_like.core.errors import UserError
 from l3m_like.distributed.mesh import build_mesh
-from l3m_like.evaluations import Reconstruction
+from l3m_like.evaluations import Findings, Reconstruction
 from l3m_like.evaluations.reconstruction import ssim
 from l3m_like.losses.reconstruction import psnr
 from tests.distributed.pool import run as on_ranks
@@ -67,3 +67,8 @@ def test_same_on_every_mesh() -> None:
     assert set(expected) == {"psnr", "ssim", "l1", "rfid"} and 20 < expected["psnr"] < 40 and 0.8 < expected["ssim"] < 1
     for found in (quality_on({}, 3), *on_ranks(2, quality_on, {"dp_replicate": 2, "dp_shard": 1}, 7)):
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_note_does_not_take_the_place_of_a_value() -> None:
+    with pytest.raises(UserError, match="'lpips' is a value and a note"):
+        Findings({"lpips": 0.1}, notes={"lpips": "of a network with random weights"})
