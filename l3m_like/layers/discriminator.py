@@ -68,10 +68,10 @@ class SpectralConv(nn.Module):
         return convolve(x, weight, self.bias, self.stride, 0 if self.circular else self.padding)
 
     @torch.no_grad()
-    def follow(self, weight: Tensor) -> None:
-        """Move ``u`` by one step of power iteration; ``weight``: the whole one."""
-        matrix = weight.flatten(1).to(self.u.dtype)
-        self.u.copy_(_power_step(matrix, self.u)[0])
+    def follow(self, weight: Tensor, skipped: Tensor | None = None) -> None:
+        """Move ``u`` by one step of power iteration, but where the device scalar ``skipped`` is 1; ``weight``: the whole one."""
+        moved = _power_step(weight.flatten(1).to(self.u.dtype), self.u)[0]
+        self.u.copy_(moved if skipped is None else torch.where(skipped > 0, self.u, moved))
 
     def flops(self, places: int) -> int:
         """Forward FLOPs for ``places`` outputs."""

@@ -235,3 +235,15 @@ def test_hidden_layers_are_those_of_timm() -> None:
         3, 1, 1
     )
     torch.testing.assert_close(encoder.prepare(image), prepared)
+
+
+def test_a_skipped_step_leaves_the_vector() -> None:
+    layer = SpectralConv(3, 4, 1)
+    with torch.no_grad():
+        for tensor in (layer.weight, layer.u):
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
+        before = layer.u.clone()
+        layer.follow(layer.weight, torch.ones(()))
+        assert torch.equal(layer.u, before)
+        layer.follow(layer.weight, torch.zeros(()))
+        assert not torch.equal(layer.u, before)

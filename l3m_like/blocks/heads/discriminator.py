@@ -80,7 +80,7 @@ class Discriminator(ReadWriteBlock):
         for module in self.network.modules():
             if isinstance(module, SpectralConv):
                 weight = module.weight
-                module.follow(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+                module.follow(weight.full_tensor() if isinstance(weight, DTensor) else weight, skipped)
 
     def flops(self, reconstruction: Tensor, row: Tensor, image: Tensor | None = None) -> int:
         network: Any = self.network
