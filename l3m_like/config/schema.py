@@ -295,6 +295,7 @@ class Kernels:
     rms_norm: str = setting("auto", "RMSNorm, and the residual sum before it.", choices=_VERSIONS)
     modulated_norm: str = setting("auto", "LayerNorm with adaLN modulation, and the gated residual before it.", choices=_VERSIONS)
     rope: str = setting("auto", "Norm and rotary positions of queries and keys.", choices=_VERSIONS)
+    gelu: str = setting("auto", "GELU in an MLP, with the bias before it.", choices=_VERSIONS)
     swiglu: str = setting("auto", "The gated activation of the MLP.", choices=_VERSIONS)
     attention: str = setting(
         "auto",

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from l3m_like.kernels import launch
+from l3m_like.kernels.gelu import _bias_gelu
 from l3m_like.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from l3m_like.kernels.modulated_norm import gated_modulated_norm, modulated_norm
 from l3m_like.kernels.rms_norm import rms_norm
@@ -80,6 +82,12 @@ def cases() -> Iterator[Case]:
         lambda q, k, cos, sin, wq, wk: qk_norm_rope(q, k, cos, sin, wq, wk, EPS, backend="torch"),
         _liger_norm_rope,
     )  # fmt: skip
+    for tanh in (True, False):
+        yield Case(
+            "gelu, tanh" if tanh else "gelu", "65536x4608", 5 * 65536 * 4608 * 2, [_randn(65536, 4608), _randn(4608)],
+            lambda x, bias, tanh=tanh: _bias_gelu(x, bias, tanh),
+            lambda x, bias, tanh=tanh: F.gelu(x + bias, approximate="tanh" if tanh else "none"),
+        )  # fmt: skip
     yield Case(
         "swiglu", "32768x6144", 8 * 32768 * 6144 * 2, [_randn(32768, 6144), _randn(32768, 6144)],
         lambda gate, up: swiglu(gate, up, backend="triton"),
@@ -147,7 +155,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 #: values that ``sweep`` tries, one setting at a time
 CHOICES: dict[str, tuple[int, ...]] = {"elements": (128, 256, 512, 1024), "stages": (1, 2, 3), "programs": (1, 2, 3, 4, 6, 8)}
-_PARTIAL_SUMS = ("rms_norm_backward", "modulated_norm_backward", "rope_backward")
+_PARTIAL_SUMS = ("rms_norm_backward", "modulated_norm_backward", "rope_backward", "gelu_backward")
 _PIPELINED = ("rms_norm_backward", "modulated_norm_backward")
 
 
@@ -157,6 +165,7 @@ def sweep() -> Iterator[str]:
         "rms_norm of sum": "rms_norm",
         "modulated_norm of sum": "modulated_norm",
         "norm and rope": "rope",
+        "gelu, tanh": "gelu",
         "swiglu": "swiglu",
     }
     for case in cases():

@@ -96,6 +96,36 @@ def power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+@jit
+def load_row(ptr, start, inside, D: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows of D columns that begin at the elements ``start`` [ROWS, 1], as float32: [ROWS, HEAD] and [ROWS, REST] (see ``tile``);
+    0 where ``inside`` [ROWS, 1] is false."""
+    head, rest = tl.arange(0, HEAD)[None, :], HEAD + tl.arange(0, REST)[None, :]
+    first = tl.load(ptr + start + head, mask=inside, other=0.0)
+    second = tl.load(ptr + start + rest, mask=inside & (rest < D), other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@jit
+def store_row(ptr, start, inside, first, second, D: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The counterpart of ``load_row``, in the dtype of ``ptr``."""
+    head, rest = tl.arange(0, HEAD)[None, :], HEAD + tl.arange(0, REST)[None, :]
+    tl.store(ptr + start + head, first.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + start + rest, second.to(ptr.dtype.element_ty), mask=inside & (rest < D))
+
+
+@jit
+def _add(a, b, c, d):  # type: ignore[no-untyped-def]
+    return a + c, b + d
+
+
+@jit
+def sum_row(a, b):  # type: ignore[no-untyped-def]
+    """Two sums over the columns at once, so that the warps wait for each other once: [ROWS, 1] each."""
+    sum_a, sum_b = tl.reduce((a, b), 1, _add)
+    return sum_a[:, None], sum_b[:, None]
+
+
 @dataclass(frozen=True)
 class Tuning:
     """How a kernel is cut up. ``elements``: of a tile per warp. ``programs``: per multiprocessor, of a kernel whose programs keep
@@ -109,26 +139,32 @@ class Tuning:
 #: ``{kernel: Tuning}``; ``python run/bench_kernels.py --sweep`` compares others
 TUNED = {
     "rms_norm": Tuning(),
-    "rms_norm_backward": Tuning(stages=2),
+    "rms_norm_backward": Tuning(stages=3),
     "modulated_norm": Tuning(programs=16),
-    "modulated_norm_backward": Tuning(stages=2, programs=3),
+    "modulated_norm_backward": Tuning(stages=3, programs=6),
     "rope": Tuning(),
     "rope_backward": Tuning(),
+    "gelu": Tuning(elements=1024),
+    "gelu_backward": Tuning(elements=256, programs=8),
     "swiglu": Tuning(elements=256),
     "swiglu_backward": Tuning(elements=256),
 }
 
 
 def tile(dim: int, kernel: str) -> dict[str, int]:
-    """Launch arguments of a kernel whose tiles are whole rows of ``dim``: BLOCK columns (a power of two), ROWS, num_warps."""
-    block = power_of_2(dim)
-    rows = max(1, 2048 // block)
-    return {"BLOCK": block, "ROWS": rows, "num_warps": warps(block * rows, kernel)}
+    """Launch arguments of a kernel whose tiles are ROWS whole rows of ``dim``, each in two parts, as sizes of tensors are powers
+    of two: HEAD columns, the largest one below ``dim``, and REST, the smallest that holds the others. (1152 columns are
+    1024 + 128, where one tensor would have 2048.)"""
+    head = max(1, power_of_2(dim) // 2)
+    rest = power_of_2(max(1, dim - head))
+    rows = max(1, 1024 // head)
+    return {"HEAD": head, "REST": rest, "ROWS": rows, "num_warps": warps((head + rest) * rows, kernel)}
 
 
 def warps(elements: int, kernel: str) -> int:
-    """Warps for a tile of ``elements`` (a power of two)."""
-    return min(16, max(1, elements // TUNED[kernel].elements))
+    """Warps for a tile of ``elements``."""
+    wanted = max(1, elements // TUNED[kernel].elements)
+    return min(16, 1 << (wanted.bit_length() - 1))
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 ``x`` and ``branch`` [B, S, D]; ``shift``, ``scale`` and ``gate`` [B, 1, D], one per row of the batch. LayerNorm has no weights
 of its own. Here the gradients of shift, scale and gate are sums over the tokens of a row, which the Triton backward takes in the
 same pass that computes the gradients of the tokens: a program has one tile of tokens of one row and writes its partial sums.
-The Triton kernels compute in float32 and round once, at the end.
+The forward keeps each token's mean and inverse deviation for it. The Triton kernels compute in float32 and round once, at the end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l3m_like.kernels.launch import TUNED, jit, resident_programs, tile, tl, triton_op, use_triton, wrap_triton
+from l3m_like.kernels.launch import (
+    TUNED,
+    jit,
+    load_row,
+    resident_programs,
+    store_row,
+    sum_row,
+    tile,
+    tl,
+    triton_op,
+    use_triton,
+    wrap_triton,
+)
 
 
 def modulated_norm_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -25,7 +37,7 @@ def modulated_norm_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
     """``LayerNorm(x) * (1 + scale) + shift`` [B, S, D]."""
     if _use_triton(backend, x, shift, scale):
-        return _modulated_norm(x, shift, scale, eps)
+        return _modulated_norm(x, shift, scale, eps)[0]
     return modulated_norm_reference(x, shift, scale, eps)
 
 
@@ -34,7 +46,7 @@ def gated_modulated_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(modulated norm of x + gate * branch, x + gate * branch)``, each [B, S, D]."""
     if _use_triton(backend, x, gate, shift, scale) and branch.shape == x.shape:
-        return _gated_modulated_norm(x, gate, branch, shift, scale, eps)
+        return _gated_modulated_norm(x, gate, branch, shift, scale, eps)[:2]
     x = x + gate * branch
     return modulated_norm_reference(x, shift, scale, eps), x
 
@@ -56,6 +68,11 @@ def _use_triton(backend: str, x: Tensor, *modulation: Tensor) -> bool:
 
 
 @jit
+def _over_rows(x):  # type: ignore[no-untyped-def]
+    return tl.sum(x, axis=0)[None, :]
+
+
+@jit
 def _forward_kernel(
     x_ptr,
     branch_ptr,
@@ -64,6 +81,7 @@ def _forward_kernel(
     scale_ptr,
     out_ptr,
     sum_ptr,
+    statistics_ptr,
     length,
     tiles,
     tokens_each,
@@ -74,35 +92,42 @@ def _forward_kernel(
     D: tl.constexpr,
     GATED: tl.constexpr,
     NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     row = program // tiles
     first = (program % tiles) * tokens_each
-    columns = tl.arange(0, BLOCK)[None, :]
-    is_column = columns < D
+    always = tl.full([1, 1], True, tl.int1)
     if GATED:
-        gate = tl.load(gate_ptr + row * gate_stride + columns, mask=is_column, other=0.0).to(tl.float32)
+        gate0, gate1 = load_row(gate_ptr, row * gate_stride, always, D, HEAD, REST)
     if NORM:
-        shift = tl.load(shift_ptr + row * shift_stride + columns, mask=is_column, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + row * scale_stride + columns, mask=is_column, other=0.0).to(tl.float32)
+        shift0, shift1 = load_row(shift_ptr, row * shift_stride, always, D, HEAD, REST)
+        scale0, scale1 = load_row(scale_ptr, row * scale_stride, always, D, HEAD, REST)
+        is_rest = HEAD + tl.arange(0, REST)[None, :] < D
     for done in range(0, tokens_each, ROWS):
         number = (done + tl.arange(0, ROWS))[:, None]
-        token = first + number
-        inside = (number < tokens_each) & (token < length) & is_column
-        place = (row * length + token) * D + columns
-        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        inside = (number < tokens_each) & (first + number < length)
+        token = row * length + first + number
+        x0, x1 = load_row(x_ptr, token * D, inside, D, HEAD, REST)
         if GATED:
-            branch = tl.load(branch_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            rounded = (x + gate * branch).to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + place, rounded, mask=inside)
-            x = rounded.to(tl.float32)
+            branch0, branch1 = load_row(branch_ptr, token * D, inside, D, HEAD, REST)
+            dtype: tl.constexpr = sum_ptr.dtype.element_ty
+            # the norm is of what is stored
+            x0 = (x0 + gate0 * branch0).to(dtype).to(tl.float32)
+            x1 = (x1 + gate1 * branch1).to(dtype).to(tl.float32)
+            store_row(sum_ptr, token * D, inside, x0, x1, D, HEAD, REST)
         if NORM:
-            centred = tl.where(is_column, x - (tl.sum(x, axis=1) / D)[:, None], 0.0)
-            normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)[:, None]
-            out = normed * (1.0 + scale) + shift
-            tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+            mean = (tl.sum(x0, axis=1) + tl.sum(x1, axis=1))[:, None] / D
+            x0 -= mean
+            x1 = tl.where(is_rest, x1 - mean, 0.0)
+            inverse = tl.rsqrt((tl.sum(x0 * x0, axis=1) + tl.sum(x1 * x1, axis=1))[:, None] / D + eps)
+            out0 = x0 * inverse * (1.0 + scale0) + shift0
+            out1 = x1 * inverse * (1.0 + scale1) + shift1
+            store_row(out_ptr, token * D, inside, out0, out1, D, HEAD, REST)
+            tl.store(statistics_ptr + 2 * token, mean, mask=inside)
+            tl.store(statistics_ptr + 2 * token + 1, inverse, mask=inside)
 
 
 @jit
@@ -113,6 +138,7 @@ def _backward_kernel(
     branch_ptr,
     gate_ptr,
     scale_ptr,
+    statistics_ptr,
     grad_x_ptr,
     grad_branch_ptr,
     partial_ptr,
@@ -121,62 +147,67 @@ def _backward_kernel(
     tokens_each,
     gate_stride,
     scale_stride,
-    eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     D: tl.constexpr,
     GATED: tl.constexpr,
     NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     row = program // tiles
     first = (program % tiles) * tokens_each
-    columns = tl.arange(0, BLOCK)[None, :]
-    is_column = columns < D
+    always = tl.full([1, 1], True, tl.int1)
     if GATED:
-        gate = tl.load(gate_ptr + row * gate_stride + columns, mask=is_column, other=0.0).to(tl.float32)
-        sum_gate = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        gate0, gate1 = load_row(gate_ptr, row * gate_stride, always, D, HEAD, REST)
+        of_gate0, of_gate1 = tl.zeros([ROWS, HEAD], tl.float32), tl.zeros([ROWS, REST], tl.float32)
     if NORM:
-        scale = 1.0 + tl.load(scale_ptr + row * scale_stride + columns, mask=is_column, other=0.0).to(tl.float32)
-        sum_shift = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-        sum_scale = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        scale0, scale1 = load_row(scale_ptr, row * scale_stride, always, D, HEAD, REST)
+        of_shift0, of_shift1 = tl.zeros([ROWS, HEAD], tl.float32), tl.zeros([ROWS, REST], tl.float32)
+        of_scale0, of_scale1 = tl.zeros([ROWS, HEAD], tl.float32), tl.zeros([ROWS, REST], tl.float32)
     for done in tl.range(0, tokens_each, ROWS, num_stages=STAGES):
         number = (done + tl.arange(0, ROWS))[:, None]
-        token = first + number
-        inside = (number < tokens_each) & (token < length) & is_column
-        place = (row * length + token) * D + columns
+        inside = (number < tokens_each) & (first + number < length)
+        token = row * length + first + number
         # all loads before the sums over a token, which make the warps wait for each other
         if GATED:
-            branch = tl.load(branch_ptr + place, mask=inside, other=0.0)
-            grad_sum = tl.load(grad_sum_ptr + place, mask=inside, other=0.0)
+            branch0, branch1 = load_row(branch_ptr, token * D, inside, D, HEAD, REST)
+            grad_x0, grad_x1 = load_row(grad_sum_ptr, token * D, inside, D, HEAD, REST)
         if NORM:
-            x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            centred = tl.where(is_column, x - (tl.sum(x, axis=1) / D)[:, None], 0.0)
-            inverse = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)[:, None]
-            normed = centred * inverse
-            sum_shift += grad
-            sum_scale += grad * normed
-            grad = grad * scale
-            mean = (tl.sum(grad, axis=1) / D)[:, None]
-            along = (tl.sum(grad * normed, axis=1) / D)[:, None]
-            grad_x = inverse * (grad - mean - normed * along)
+            x0, x1 = load_row(x_ptr, token * D, inside, D, HEAD, REST)
+            grad0, grad1 = load_row(grad_ptr, token * D, inside, D, HEAD, REST)
+            mean = tl.load(statistics_ptr + 2 * token, mask=inside, other=0.0)
+            inverse = tl.load(statistics_ptr + 2 * token + 1, mask=inside, other=0.0)
+            x0 = (x0 - mean) * inverse
+            x1 = (x1 - mean) * inverse
+            of_shift0 += grad0
+            of_shift1 += grad1
+            of_scale0 += grad0 * x0
+            of_scale1 += grad1 * x1
+            grad0 *= 1.0 + scale0
+            grad1 *= 1.0 + scale1
+            sum0, along0 = sum_row(grad0, grad0 * x0)
+            sum1, along1 = sum_row(grad1, grad1 * x1)
+            mean = (sum0 + sum1) / D
+            along = (along0 + along1) / D
             if GATED:
-                grad_x += grad_sum.to(tl.float32)
-            tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
-        else:
-            grad_x = grad_sum.to(tl.float32)
+                grad_x0 += inverse * (grad0 - mean - x0 * along)
+                grad_x1 += inverse * (grad1 - mean - x1 * along)
+            else:
+                grad_x0 = inverse * (grad0 - mean - x0 * along)
+                grad_x1 = inverse * (grad1 - mean - x1 * along)
+            store_row(grad_x_ptr, token * D, inside, grad_x0, grad_x1, D, HEAD, REST)
         if GATED:
-            sum_gate += grad_x * branch.to(tl.float32)
-            grad_branch = grad_x * gate
-            tl.store(grad_branch_ptr + place, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=inside)
-    partial_ptr += program * (3 * D) + columns  # [B, tiles, (shift, scale, gate), D]
+            of_gate0 += grad_x0 * branch0
+            of_gate1 += grad_x1 * branch1
+            store_row(grad_branch_ptr, token * D, inside, grad_x0 * gate0, grad_x1 * gate1, D, HEAD, REST)
+    partial = program * (3 * D)  # [B, tiles, (shift, scale, gate), D]
     if NORM:
-        tl.store(partial_ptr, tl.sum(sum_shift, axis=0)[None, :], mask=is_column)
-        tl.store(partial_ptr + D, tl.sum(sum_scale, axis=0)[None, :], mask=is_column)
+        store_row(partial_ptr, partial, always, _over_rows(of_shift0), _over_rows(of_shift1), D, HEAD, REST)
+        store_row(partial_ptr, partial + D, always, _over_rows(of_scale0), _over_rows(of_scale1), D, HEAD, REST)
     if GATED:
-        tl.store(partial_ptr + 2 * D, tl.sum(sum_gate, axis=0)[None, :], mask=is_column)
+        store_row(partial_ptr, partial + 2 * D, always, _over_rows(of_gate0), _over_rows(of_gate1), D, HEAD, REST)
 
 
 def _tiles(x: Tensor, kernel: str) -> tuple[int, int]:
@@ -205,33 +236,37 @@ def _vectors(x: Tensor) -> Tensor:
 
 
 @triton_op("l3m_like::modulated_norm", mutates_args=())
-def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and each token's mean and inverse deviation [B, S, 2] float32."""
     x, shift, scale = x.contiguous(), _vectors(shift), _vectors(scale)
     batch, length, dim = x.shape
     out = _empty(x, shift, scale)
+    statistics = torch.empty(batch, length, 2, dtype=torch.float32, device=x.device)
     tiles, tokens = _tiles(x, "modulated_norm")
     wrap_triton(_forward_kernel)[(batch * tiles,)](
-        x, x, shift, shift, scale, out, x, length, tiles, tokens,
+        x, x, shift, shift, scale, out, x, statistics, length, tiles, tokens,
         0, shift.stride(0), scale.stride(0), eps, D=dim, GATED=False, NORM=True, **tile(dim, "modulated_norm"),
     )  # fmt: skip
-    return out
+    return out, statistics
 
 
 @triton_op("l3m_like::gated_modulated_norm", mutates_args=())
 def _gated_modulated_norm(
     x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm, the sum, and each token's mean and inverse deviation [B, S, 2] float32."""
     x, branch = x.contiguous(), branch.contiguous()
     gate, shift, scale = _vectors(gate), _vectors(shift), _vectors(scale)
     batch, length, dim = x.shape
     total = _empty(x, gate, branch)
     out = _empty(total, shift, scale)
+    statistics = torch.empty(batch, length, 2, dtype=torch.float32, device=x.device)
     tiles, tokens = _tiles(x, "modulated_norm")
     wrap_triton(_forward_kernel)[(batch * tiles,)](
-        x, branch, gate, shift, scale, out, total, length, tiles, tokens,
+        x, branch, gate, shift, scale, out, total, statistics, length, tiles, tokens,
         gate.stride(0), shift.stride(0), scale.stride(0), eps, D=dim, GATED=True, NORM=True, **tile(dim, "modulated_norm"),
     )  # fmt: skip
-    return out, total
+    return out, total, statistics
 
 
 @triton_op("l3m_like::gated_residual", mutates_args=())
@@ -241,14 +276,14 @@ def _gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     total = _empty(x, gate, branch)
     tiles, tokens = _tiles(x, "modulated_norm")
     wrap_triton(_forward_kernel)[(batch * tiles,)](
-        x, branch, gate, gate, gate, x, total, length, tiles, tokens,
+        x, branch, gate, gate, gate, x, total, x, length, tiles, tokens,
         gate.stride(0), 0, 0, 0.0, D=dim, GATED=True, NORM=False, **tile(dim, "modulated_norm"),
     )  # fmt: skip
     return total
 
 
 @triton_op("l3m_like::modulated_norm_backward", mutates_args=())
-def _modulated_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _modulated_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x, and [B, 2, D] float32: of shift and scale."""
     x, grad, scale = x.contiguous(), grad.contiguous(), _vectors(scale)
     batch, length, dim = x.shape
@@ -256,15 +291,15 @@ def _modulated_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(batch, tiles, 3, dim, dtype=torch.float32, device=x.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
-        grad, grad, x, x, scale, scale, grad_x, x, partial, length, tiles, tokens,
-        0, scale.stride(0), eps, D=dim, GATED=False, NORM=True, **_backward_tile(dim),
+        grad, grad, x, x, scale, scale, statistics, grad_x, x, partial, length, tiles, tokens,
+        0, scale.stride(0), D=dim, GATED=False, NORM=True, **_backward_tile(dim),
     )  # fmt: skip
     return grad_x, partial[:, :, :2].sum(1)
 
 
 @triton_op("l3m_like::gated_modulated_norm_backward", mutates_args=())
 def _gated_modulated_norm_backward(
-    grad: Tensor, grad_sum: Tensor, total: Tensor, gate: Tensor, branch: Tensor, scale: Tensor, eps: float
+    grad: Tensor, grad_sum: Tensor, total: Tensor, gate: Tensor, branch: Tensor, scale: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``total`` = x + gate * branch and of branch, and [B, 3, D] float32: of shift, scale and gate."""
     total, branch, grad, grad_sum = total.contiguous(), branch.contiguous(), grad.contiguous(), grad_sum.contiguous()
@@ -275,8 +310,8 @@ def _gated_modulated_norm_backward(
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     partial = torch.empty(batch, tiles, 3, dim, dtype=torch.float32, device=total.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
-        grad, grad_sum, total, branch, gate, scale, grad_total, grad_branch, partial, length, tiles, tokens,
-        gate.stride(0), scale.stride(0), eps, D=dim, GATED=True, NORM=True, **_backward_tile(dim),
+        grad, grad_sum, total, branch, gate, scale, statistics, grad_total, grad_branch, partial, length, tiles, tokens,
+        gate.stride(0), scale.stride(0), D=dim, GATED=True, NORM=True, **_backward_tile(dim),
     )  # fmt: skip
     return grad_total, grad_branch, partial.sum(1)
 
@@ -290,8 +325,8 @@ def _gated_residual_backward(grad: Tensor, gate: Tensor, branch: Tensor) -> tupl
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     partial = torch.empty(batch, tiles, 3, dim, dtype=torch.float32, device=branch.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
-        grad, grad, grad, branch, gate, gate, grad, grad_branch, partial, length, tiles, tokens,
-        gate.stride(0), 0, 0.0, D=dim, GATED=True, NORM=False, **_backward_tile(dim),
+        grad, grad, grad, branch, gate, gate, grad, grad, grad_branch, partial, length, tiles, tokens,
+        gate.stride(0), 0, D=dim, GATED=True, NORM=False, **_backward_tile(dim),
     )  # fmt: skip
     return grad_branch, partial[:, :, 2:].sum(1)
 
@@ -299,27 +334,31 @@ def _gated_residual_backward(grad: Tensor, gate: Tensor, branch: Tensor) -> tupl
 # ---- gradients -----------------------------------------------------------------------------------------------------------
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, shift, scale, ctx.eps = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, shift, scale, _ = inputs
+    statistics = output[1]
+    ctx.mark_non_differentiable(statistics)
     ctx.shift_dtype = shift.dtype
-    ctx.save_for_backward(x, scale)
+    ctx.save_for_backward(x, scale, statistics)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, scale = ctx.saved_tensors
-    grad_x, sums = _modulated_norm_backward(grad, x, scale, ctx.eps)
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, scale, statistics = ctx.saved_tensors
+    grad_x, sums = _modulated_norm_backward(grad, x, scale, statistics)
     return grad_x, sums[:, 0:1].to(ctx.shift_dtype), sums[:, 1:2].to(scale.dtype), None
 
 
-def _setup_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, gate, branch, shift, scale, ctx.eps = inputs
+def _setup_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, gate, branch, shift, scale, _ = inputs
+    _, total, statistics = output
+    ctx.mark_non_differentiable(statistics)
     ctx.x_dtype, ctx.shift_dtype = x.dtype, shift.dtype
-    ctx.save_for_backward(output[1], gate, branch, scale)
+    ctx.save_for_backward(total, gate, branch, scale, statistics)
 
 
-def _backward_gated(ctx: Any, grad: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
-    total, gate, branch, scale = ctx.saved_tensors
-    grad_x, grad_branch, sums = _gated_modulated_norm_backward(grad, grad_sum, total, gate, branch, scale, ctx.eps)
+def _backward_gated(ctx: Any, grad: Tensor, grad_sum: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    total, gate, branch, scale, statistics = ctx.saved_tensors
+    grad_x, grad_branch, sums = _gated_modulated_norm_backward(grad, grad_sum, total, gate, branch, scale, statistics)
     of_shift, of_scale, of_gate = sums.split(1, dim=1)
     return (
         grad_x.to(ctx.x_dtype),

@@ -2,7 +2,7 @@
 
 ``x`` [..., D], ``weight`` [D]. Statistics in at least float32; the normalised value is cast to the weight's dtype *before* the
 multiplication with it (Zhang and Sennrich, 2019; rounding of Llama and Qwen). The Triton backward is one pass over the rows: it
-computes the norm again, adds the gradient of the residual stream, and each program keeps a partial sum of the weight's gradient.
+adds the gradient of the residual stream, and each program keeps a partial sum of the weight's gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l3m_like.kernels.launch import TUNED, jit, resident_programs, rows_of, tile, tl, triton_op, use_triton, wrap_triton
+from l3m_like.kernels.launch import (
+    TUNED,
+    jit,
+    load_row,
+    resident_programs,
+    rows_of,
+    store_row,
+    tile,
+    tl,
+    triton_op,
+    use_triton,
+    wrap_triton,
+)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,7 +44,7 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The norm of ``x`` in the weight's dtype; with a ``residual`` [..., D], ``(norm of x + residual, x + residual)``."""
     if use_triton("rms_norm", backend, x, weight, residual, width=x.shape[-1]):
-        return _rms_norm(x, weight, eps) if residual is None else _add_rms_norm(x, residual, weight, eps)
+        return _rms_norm(x, weight, eps)[0] if residual is None else _add_rms_norm(x, residual, weight, eps)[:2]
     if residual is None:
         return rms_norm_reference(x, weight, eps)
     x = x + residual
@@ -49,28 +61,33 @@ def _forward_kernel(
     weight_ptr,
     out_ptr,
     sum_ptr,
+    inverse_ptr,
     num_rows,
     x_stride,
     residual_stride,
     eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     D: tl.constexpr,
     ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    columns = tl.arange(0, BLOCK)[None, :]
-    inside = (rows < num_rows) & (columns < D)
-    x = tl.load(x_ptr + rows * x_stride + columns, mask=inside, other=0.0)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    inside = row < num_rows
+    x0, x1 = load_row(x_ptr, row * x_stride, inside, D, HEAD, REST)
     if ADD:
-        residual = tl.load(residual_ptr + rows * residual_stride + columns, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + rows * D + columns, x, mask=inside)
-    x = x.to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0)
-    normed = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-    out = normed.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
-    tl.store(out_ptr + rows * D + columns, out.to(weight.dtype), mask=inside)
+        residual0, residual1 = load_row(residual_ptr, row * residual_stride, inside, D, HEAD, REST)
+        # the norm is of what is stored
+        x0 = (x0 + residual0).to(sum_ptr.dtype.element_ty).to(tl.float32)
+        x1 = (x1 + residual1).to(sum_ptr.dtype.element_ty).to(tl.float32)
+        store_row(sum_ptr, row * D, inside, x0, x1, D, HEAD, REST)
+    weight0, weight1 = load_row(weight_ptr, 0, tl.full([1, 1], True, tl.int1), D, HEAD, REST)
+    inverse = tl.rsqrt((tl.sum(x0 * x0, axis=1) + tl.sum(x1 * x1, axis=1))[:, None] / D + eps)
+    tl.store(inverse_ptr + row, inverse, mask=inside)
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    out0 = (x0 * inverse).to(dtype).to(tl.float32) * weight0
+    out1 = (x1 * inverse).to(dtype).to(tl.float32) * weight1
+    store_row(out_ptr, row * D, inside, out0, out1, D, HEAD, REST)
 
 
 @jit
@@ -79,6 +96,7 @@ def _backward_kernel(
     grad_sum_ptr,
     x_ptr,
     weight_ptr,
+    inverse_ptr,
     grad_x_ptr,
     partial_ptr,
     num_rows,
@@ -86,66 +104,78 @@ def _backward_kernel(
     grad_stride,
     grad_sum_stride,
     x_stride,
-    eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     D: tl.constexpr,
     ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * rows_each
-    columns = tl.arange(0, BLOCK)[None, :]
-    stored = tl.load(weight_ptr + columns, mask=columns < D, other=0.0)
-    weight = stored.to(tl.float32)
-    partial = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    always = tl.full([1, 1], True, tl.int1)
+    weight0, weight1 = load_row(weight_ptr, 0, always, D, HEAD, REST)
+    of_weight0, of_weight1 = tl.zeros([ROWS, HEAD], tl.float32), tl.zeros([ROWS, REST], tl.float32)
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
     for done in tl.range(0, rows_each, ROWS, num_stages=STAGES):
         number = (done + tl.arange(0, ROWS))[:, None]
-        rows = first + number
-        inside = (number < rows_each) & (rows < num_rows) & (columns < D)
-        # all loads before the sums over a row, which make the warps wait for each other
-        x = tl.load(x_ptr + rows * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + rows * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        row = first + number
+        inside = (number < rows_each) & (row < num_rows)
+        # all loads before the sum over a row, which makes the warps wait for each other
+        x0, x1 = load_row(x_ptr, row * x_stride, inside, D, HEAD, REST)
+        grad0, grad1 = load_row(grad_ptr, row * grad_stride, inside, D, HEAD, REST)
         if ADD:
-            grad_sum = tl.load(grad_sum_ptr + rows * grad_sum_stride + columns, mask=inside, other=0.0)
-        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        normed = x * scale
-        partial += grad * normed.to(stored.dtype).to(tl.float32)
-        grad = grad * weight
-        grad_x = scale * (grad - normed * (tl.sum(grad * normed, axis=1) / D)[:, None])
+            sum0, sum1 = load_row(grad_sum_ptr, row * grad_sum_stride, inside, D, HEAD, REST)
+        inverse = tl.load(inverse_ptr + row, mask=inside, other=0.0)
+        x0 *= inverse
+        x1 *= inverse
+        of_weight0 += grad0 * x0.to(dtype).to(tl.float32)
+        of_weight1 += grad1 * x1.to(dtype).to(tl.float32)
+        grad0 *= weight0
+        grad1 *= weight1
+        along = (tl.sum(grad0 * x0, axis=1) + tl.sum(grad1 * x1, axis=1))[:, None] / D
+        grad0 = inverse * (grad0 - x0 * along)
+        grad1 = inverse * (grad1 - x1 * along)
         if ADD:
-            grad_x += grad_sum.to(tl.float32)
-        tl.store(grad_x_ptr + rows * D + columns, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
-    total = tl.sum(partial, axis=0)[None, :]
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + columns, total, mask=columns < D)
+            grad0 += sum0
+            grad1 += sum1
+        store_row(grad_x_ptr, row * D, inside, grad0, grad1, D, HEAD, REST)
+    total0, total1 = tl.sum(of_weight0, axis=0)[None, :], tl.sum(of_weight1, axis=0)[None, :]
+    store_row(partial_ptr, tl.program_id(0).to(tl.int64) * D, always, total0, total1, D, HEAD, REST)
 
 
 @triton_op("l3m_like::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and of each row [N] float32 the factor that made it."""
     x2, dim = rows_of(x), x.shape[-1]
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    inverse = torch.empty(x2.shape[0], dtype=torch.float32, device=x.device)
     sizes = tile(dim, "rms_norm")
     grid = (max(1, -(-x2.shape[0] // sizes["ROWS"])),)
     wrap_triton(_forward_kernel)[grid](
-        x2, x2, weight, out, x2, x2.shape[0], x2.stride(0), x2.stride(0), eps, D=dim, ADD=False, **sizes
+        x2, x2, weight, out, x2, inverse, x2.shape[0], x2.stride(0), x2.stride(0), eps, D=dim, ADD=False, **sizes
     )
-    return out
+    return out, inverse
 
 
 @triton_op("l3m_like::add_rms_norm", mutates_args=())
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm, the sum, and of each row [N] float32 the factor that made the norm."""
     x2, residual2, dim = rows_of(x), rows_of(residual), x.shape[-1]
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    inverse = torch.empty(x2.shape[0], dtype=torch.float32, device=x.device)
     sizes = tile(dim, "rms_norm")
     grid = (max(1, -(-x2.shape[0] // sizes["ROWS"])),)
     wrap_triton(_forward_kernel)[grid](
-        x2, residual2, weight, out, total, x2.shape[0], x2.stride(0), residual2.stride(0), eps, D=dim, ADD=True, **sizes
+        x2, residual2, weight, out, total, inverse, x2.shape[0], x2.stride(0), residual2.stride(0), eps, D=dim, ADD=True, **sizes
     )
-    return out, total
+    return out, total, inverse
 
 
 @triton_op("l3m_like::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _rms_norm_backward(
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of x (in its dtype) and weight; ``grad_sum`` [..., D] is what comes from the residual stream."""
     x2, grad2, dim = rows_of(x), rows_of(grad), x.shape[-1]
     grad_sum2 = grad2 if grad_sum is None else rows_of(grad_sum)
@@ -158,6 +188,7 @@ def _rms_norm_backward(grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight:
         grad_sum2,
         x2,
         weight,
+        inverse,
         grad_x,
         partial,
         x2.shape[0],
@@ -165,7 +196,6 @@ def _rms_norm_backward(grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight:
         grad2.stride(0),
         grad_sum2.stride(0),
         x2.stride(0),
-        eps,
         D=dim,
         ADD=grad_sum is not None,
         STAGES=TUNED["rms_norm_backward"].stages,
@@ -174,25 +204,28 @@ def _rms_norm_backward(grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight:
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    x, weight = ctx.saved_tensors
-    return *_rms_norm_backward(grad, None, x, weight, ctx.eps), None
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    x, weight, inverse = ctx.saved_tensors
+    return *_rms_norm_backward(grad, None, x, weight, inverse), None
 
 
-def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weight, ctx.eps = inputs
+def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, residual, weight, _ = inputs
+    _, total, inverse = output
+    ctx.mark_non_differentiable(inverse)
     ctx.dtypes = x.dtype, residual.dtype
-    ctx.save_for_backward(output[1], weight)
+    ctx.save_for_backward(total, weight, inverse)
 
 
-def _backward_add(ctx: Any, grad: Tensor, grad_sum: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    total, weight = ctx.saved_tensors
-    grad_total, grad_weight = _rms_norm_backward(grad, grad_sum, total, weight, ctx.eps)
+def _backward_add(ctx: Any, grad: Tensor, grad_sum: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
+    total, weight, inverse = ctx.saved_tensors
+    grad_total, grad_weight = _rms_norm_backward(grad, grad_sum, total, weight, inverse)
     return grad_total.to(ctx.dtypes[0]), grad_total.to(ctx.dtypes[1]), grad_weight, None
 
 

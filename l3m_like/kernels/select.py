@@ -21,6 +21,7 @@ AUTO = {
     "rms_norm": True,  # 0.96 to 1.02 of its time (1.13 for rows of 1024)
     "modulated_norm": True,  # 0.69 to 0.88
     "rope": True,  # 0.75, with QK-norm
+    "gelu": True,
     "swiglu": True,  # 1.00
 }
 

@@ -18,20 +18,19 @@ def joint_linear(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
 
     The outputs are then views of one tensor, and so is the backward pass one product, without sums over the layers.
     """
-    ordinary = all(
-        type(layer) is nn.Linear
-        and (layer.bias is None) == (layers[0].bias is None)
-        and not isinstance(layer.weight, DTensor)
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        for layer in layers
-    )
+    ordinary = all(is_ordinary(layer) and (layer.bias is None) == (layers[0].bias is None) for layer in layers)
     if not ordinary or x.numel() < _ROWS * x.shape[-1]:
         return [layer(x) for layer in layers]
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     # of the weights, not `out_features`: a rank of tensor parallelism may hold a part
     return list(_Joint.apply(x, len(weights), *weights, *biases).split([weight.shape[0] for weight in weights], dim=-1))
+
+
+def is_ordinary(layer: nn.Module) -> bool:
+    """Whether ``layer`` is ``F.linear`` of its weight and bias and nothing else: no adapter, no hook, no tensor parallelism."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and not isinstance(layer.weight, DTensor) and not hooked
 
 
 class _Joint(torch.autograd.Function):

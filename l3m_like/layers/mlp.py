@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Init, Normal, Zeros
+from l3m_like.kernels.gelu import linear_gelu
 from l3m_like.kernels.select import selected
 from l3m_like.kernels.swiglu import swiglu
-from l3m_like.layers.linear import joint_linear
+from l3m_like.layers.linear import is_ordinary, joint_linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -84,13 +85,19 @@ class MLP(nn.Module):
         if self.hidden_dim < 1:
             raise UserError(f"MLP: the hidden width must be at least 1, got {self.hidden_dim} (dim {dim}, ratio {ratio}).")
         self.activation = ACTIVATIONS[activation]
+        self.backend = selected("gelu")
+        #: of the activations that have a kernel, whether it is the approximation
+        self.tanh = {"gelu": False, "gelu_tanh": True}.get(activation)
         self.weight_init: Init = Normal(0.02)
         self.out_init: Init | None = None  # of `down` (None: the same)
         self.up = nn.Linear(dim, self.hidden_dim, bias=bias)
         self.down = nn.Linear(self.hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x.to(self.up.weight.dtype))))
+        x = x.to(self.up.weight.dtype)
+        if self.tanh is not None and self.up.bias is not None and is_ordinary(self.up):
+            return self.down(linear_gelu(x, self.up.weight, self.up.bias, tanh=self.tanh, backend=self.backend))
+        return self.down(self.activation(self.up(x)))
 
     def flops(self, tokens: int) -> int:
         return 4 * tokens * self.dim * self.hidden_dim

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from l3m_like.core.errors import UserError
+from l3m_like.kernels.gelu import linear_gelu
 from l3m_like.kernels.modulated_norm import gated_modulated_norm, gated_residual, modulated_norm
 from l3m_like.kernels.rms_norm import rms_norm
 from l3m_like.kernels.rope import qk_norm_rope
@@ -77,6 +78,8 @@ OPS = {
     "norm_rope_odd": Op(rope_of, [(2, 301, 12, 72), (2, 301, 3, 72), (72,), (72,)]),
     "norm_rope_fused": Op(of_fused, [(2, 511, 8 * 128), (128,), (128,)]),
     "rope": Op(rope_of, [(2, 511, 32, 64), (2, 511, 8, 64)]),
+    "gelu_tanh": Op(partial(linear_gelu, tanh=True), [(3, 500, 384), (1536, 384), (1536,)]),
+    "gelu": Op(partial(linear_gelu, tanh=False), [(3, 500, 200), (1000, 200), (1000,)]),
     "swiglu": Op(swiglu, [(3, 500, 6144), (3, 500, 6144)]),
     "swiglu_halves": Op(swiglu, [(3, 500, 2 * 1000)]),
 }

@@ -1,0 +1,142 @@
+"""GELU of a linear map's result (Hendrycks and Gimpel, arXiv:1606.08415), exact or by the hyperbolic tangent.
+
+The bias of the linear map is added here, where it costs nothing: so the backward, which passes over the gradient of every element,
+also sums that of the bias. Only the product and the bias are kept. The Triton kernels compute in float32 and round once; the
+hyperbolic tangent is that of ``0.5 (1 + tanh(u)) = sigmoid(2 u)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from l3m_like.kernels.launch import TUNED, jit, power_of_2, resident_programs, rows_of, tl, triton_op, use_triton, warps, wrap_triton
+
+
+def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+    """The definition."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh" if tanh else "none")
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, tanh: bool, backend: str = "auto") -> Tensor:
+    """``GELU(x weight^T + bias)`` [..., F] of x [..., D], weight [F, D] and bias [F], in one dtype; ``tanh``: the approximation."""
+    if use_triton("gelu", backend, x, weight, bias) and x.dtype == weight.dtype == bias.dtype:
+        return _bias_gelu(F.linear(x, weight), bias, tanh)
+    return linear_gelu_reference(x, weight, bias, tanh)
+
+
+# ---- Triton --------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _gelu(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The share of x that is its GELU, and x times that share's derivative."""
+    if TANH:
+        share = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))  # 2 sqrt(2 / pi)
+        slope = x * share * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    else:
+        share = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        slope = x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return share, slope
+
+
+@jit
+def _forward_kernel(
+    x_ptr, bias_ptr, out_ptr, num_rows, blocks, stride, F: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    program = tl.program_id(0).to(tl.int64)
+    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    rows = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = (rows < num_rows) & (columns < F)
+    bias = tl.load(bias_ptr + columns, mask=columns < F, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + rows * stride + columns, mask=inside, other=0.0).to(tl.float32) + bias
+    share, _ = _gelu(x, TANH)
+    tl.store(out_ptr + rows * F + columns, (x * share).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _backward_kernel(
+    grad_ptr,
+    x_ptr,
+    bias_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    num_rows,
+    rows_each,
+    blocks,
+    grad_stride,
+    stride,
+    F: tl.constexpr,
+    TANH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # type: ignore[no-untyped-def]
+    program = tl.program_id(0).to(tl.int64)
+    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    part = program // blocks
+    bias = tl.load(bias_ptr + columns, mask=columns < F, other=0.0).to(tl.float32)
+    of_bias = tl.zeros([ROWS, BLOCK], tl.float32)
+    for done in range(0, rows_each, ROWS):
+        number = (done + tl.arange(0, ROWS))[:, None]
+        rows = part * rows_each + number
+        inside = (number < rows_each) & (rows < num_rows) & (columns < F)
+        grad = tl.load(grad_ptr + rows * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows * stride + columns, mask=inside, other=0.0).to(tl.float32) + bias
+        share, slope = _gelu(x, TANH)
+        grad *= share + slope
+        of_bias += grad
+        tl.store(grad_x_ptr + rows * F + columns, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_ptr + part * F + columns, tl.sum(of_bias, axis=0)[None, :], mask=columns < F)
+
+
+def _sizes(width: int, kernel: str, columns: int) -> dict[str, int]:
+    """Tiles of four rows of some ``columns``."""
+    block = min(columns, power_of_2(width))
+    return {"BLOCK": block, "ROWS": 4, "num_warps": warps(4 * block, kernel)}
+
+
+@triton_op("l3m_like::bias_gelu", mutates_args=())
+def _bias_gelu(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+    """GELU of ``x + bias``."""
+    rows, width = rows_of(x), x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sizes = _sizes(width, "gelu", 512)
+    blocks = -(-width // sizes["BLOCK"])
+    if rows.shape[0] > 0:
+        wrap_triton(_forward_kernel)[(blocks * -(-rows.shape[0] // sizes["ROWS"]),)](
+            rows, bias, out, rows.shape[0], blocks, rows.stride(0), F=width, TANH=tanh, **sizes
+        )
+    return out
+
+
+@triton_op("l3m_like::bias_gelu_backward", mutates_args=())
+def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x and bias."""
+    rows, grads, width = rows_of(x), rows_of(grad), x.shape[-1]
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if rows.shape[0] == 0:
+        return grad_x, torch.zeros_like(bias)
+    sizes = _sizes(width, "gelu_backward", 256)
+    blocks = -(-width // sizes["BLOCK"])
+    parts = min(max(1, resident_programs(x.device, "gelu_backward") // blocks), -(-rows.shape[0] // sizes["ROWS"]))
+    partial = torch.empty(parts, width, dtype=torch.float32, device=x.device)
+    wrap_triton(_backward_kernel)[(blocks * parts,)](
+        grads, rows, bias, grad_x, partial, rows.shape[0], -(-rows.shape[0] // parts), blocks, grads.stride(0), rows.stride(0),
+        F=width, TANH=tanh, **sizes,
+    )  # fmt: skip
+    return grad_x, partial.sum(0).to(bias.dtype)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.tanh = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_bias_gelu_backward(grad, *ctx.saved_tensors, ctx.tanh), None
+
+
+_bias_gelu.register_autograd(_backward, setup_context=_setup)
