@@ -5,6 +5,9 @@ A module's registered parameters stay the fp32 masters: optimizers, averages and
 up before it asks ``nn.Module`` for a parameter. The copies are made at the first forward and brought up to date, all in one
 call, at the first one after the masters have changed. A copy's gradient is handed to its master, and further ones are summed
 there in fp32.
+
+Copies of weights that a layer multiplies as one matrix (``joint``: names of its linear layers) lie one behind the other, so that
+they need not be joined in every step.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class LowPrecision:
 
     def _make(self, root: nn.Module) -> None:
         copies: dict[int, nn.Parameter] = {}
+        self._join(root)
         for module in root.modules():
             if id(module) in self.left:
                 continue
@@ -54,11 +58,27 @@ class LowPrecision:
                 module.__dict__[name] = copies[id(master)]
         self.copies = list(copies.values())
 
-    def _copy(self, master: Any) -> nn.Parameter:
+    def _join(self, root: nn.Module) -> None:
+        """Make the copies of weights that are multiplied as one; their first layer gets ``joined_weight``."""
+        for module in root.modules():
+            for names in getattr(module, "joint", ()):
+                layers = [getattr(module, name) for name in names]
+                if any(type(layer) is not nn.Linear or id(layer) in self.left for layer in layers):
+                    continue
+                weights = [layer.weight for layer in layers]
+                if any(copy_of(weight) is not None for weight in weights) or len(set(weights)) < len(weights):
+                    continue  # tied
+                joined = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=self.dtype, device=weights[0].device)
+                for weight, place in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+                    self._copy(weight, place)
+                layers[0].__dict__["joined_weight"] = joined
+
+    def _copy(self, master: Any, place: Tensor | None = None) -> nn.Parameter:
+        """The copy of ``master``, made in ``place``."""
         known = copy_of(master)  # of another part that shares the parameter
         if isinstance(known, nn.Parameter) and known.dtype == self.dtype:
             return known
-        copy = nn.Parameter(torch.empty_like(master, dtype=self.dtype))
+        copy = nn.Parameter(torch.empty_like(master, dtype=self.dtype) if place is None else place)
         copy.register_post_accumulate_grad_hook(_hand_over_to(master))  # also of one that is trained only later
         master.low_precision_copy = copy
         master.grad_dtype = None  # any: that of the copy

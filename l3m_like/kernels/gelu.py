@@ -1,8 +1,8 @@
 """GELU of a linear map's result (Hendrycks and Gimpel, arXiv:1606.08415), exact or by the hyperbolic tangent.
 
-The bias of the linear map is added here, where it costs nothing: so the backward, which passes over the gradient of every element,
-also sums that of the bias. Only the product and the bias are kept. The Triton kernels compute in float32 and round once; the
-hyperbolic tangent is that of ``0.5 (1 + tanh(u)) = sigmoid(2 u)``.
+The bias of the linear map is added here, where it costs nothing: so the backward, which passes over the gradient of every
+element, also sums that of the bias. Only the product and the bias are kept. The Triton kernels compute in float32 and round once;
+there ``0.5 (1 + tanh(u))`` is ``sigmoid(2 u)``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l3m_like.kernels.launch import TUNED, jit, power_of_2, resident_programs, rows_of, tl, triton_op, use_triton, warps, wrap_triton
+from l3m_like.kernels.launch import jit, power_of_2, resident_programs, rows_of, tl, triton_op, use_triton, warps, wrap_triton
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool) -> Tensor:
@@ -22,7 +22,7 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool) -
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, tanh: bool, backend: str = "auto") -> Tensor:
-    """``GELU(x weight^T + bias)`` [..., F] of x [..., D], weight [F, D] and bias [F], in one dtype; ``tanh``: the approximation."""
+    """``GELU(x weight^T + bias)`` [..., F] of x [..., D], weight [F, D] and bias [F]; ``tanh``: the approximation."""
     if use_triton("gelu", backend, x, weight, bias) and x.dtype == weight.dtype == bias.dtype:
         return _bias_gelu(F.linear(x, weight), bias, tanh)
     return linear_gelu_reference(x, weight, bias, tanh)
@@ -45,8 +45,17 @@ def _gelu(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def _forward_kernel(
-    x_ptr, bias_ptr, out_ptr, num_rows, blocks, stride, F: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):  # type: ignore[no-untyped-def]
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    num_rows,
+    blocks,
+    stride,
+    F: tl.constexpr,
+    TANH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
     rows = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -73,7 +82,7 @@ def _backward_kernel(
     TANH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     program = tl.program_id(0).to(tl.int64)
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
     part = program // blocks

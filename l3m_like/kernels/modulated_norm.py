@@ -3,7 +3,7 @@
 ``x`` and ``branch`` [B, S, D]; ``shift``, ``scale`` and ``gate`` [B, 1, D], one per row of the batch. LayerNorm has no weights
 of its own. Here the gradients of shift, scale and gate are sums over the tokens of a row, which the Triton backward takes in the
 same pass that computes the gradients of the tokens: a program has one tile of tokens of one row and writes its partial sums.
-The forward keeps each token's mean and inverse deviation for it. The Triton kernels compute in float32 and round once, at the end.
+The forward keeps each token's mean and inverse deviation for it. The Triton kernels compute in float32 and round once.
 """
 
 from __future__ import annotations

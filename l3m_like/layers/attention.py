@@ -43,6 +43,9 @@ class Attention(nn.Module):
     #: ``forward`` returns (out, (k, v))
     gives_kv = False
 
+    #: linear layers that are computed as one
+    joint: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"),)
+
     k_proj: nn.Linear | None
     v_proj: nn.Linear | None
     k_norm: RMSNorm | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ _ROWS = 512
 def joint_linear(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
     """``[layer(x) for layer in layers]``, x [..., D]; where they are ordinary layers and rows are many, as one product.
 
-    The outputs are then views of one tensor, and so is the backward pass one product, without sums over the layers.
+    The outputs are then views of one tensor, and so is the backward pass one product, without sums over the layers. The weights
+    are joined by a copy, unless the first layer has ``joined_weight``: a tensor in which all of them lie.
     """
     ordinary = all(is_ordinary(layer) and (layer.bias is None) == (layers[0].bias is None) for layer in layers)
     if not ordinary or x.numel() < _ROWS * x.shape[-1]:
@@ -24,7 +26,8 @@ def joint_linear(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
     # of the weights, not `out_features`: a rank of tensor parallelism may hold a part
-    return list(_Joint.apply(x, len(weights), *weights, *biases).split([weight.shape[0] for weight in weights], dim=-1))
+    joined = getattr(layers[0], "joined_weight", None)
+    return list(_Joint.apply(x, len(weights), joined, *weights, *biases).split([weight.shape[0] for weight in weights], dim=-1))
 
 
 def is_ordinary(layer: nn.Module) -> bool:
@@ -34,23 +37,27 @@ def is_ordinary(layer: nn.Module) -> bool:
 
 
 class _Joint(torch.autograd.Function):
-    """The product with the joined weights, which are joined again in the backward pass: kept, they would hold memory that FSDP
-    frees after the forward of a unit."""
+    """The product with the joined weights. A copy that joins them is made again in the backward pass: kept, it would hold memory
+    that FSDP frees after the forward of a unit."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, number: int, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, number: int, joined: Tensor | None, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:number], parameters[number:]
-        ctx.save_for_backward(x, *weights)
-        ctx.biased = bool(biases)
-        return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
+        ctx.sizes, ctx.biased = [len(weight) for weight in weights], bool(biases)
+        kept = weights if joined is None else (joined,)
+        ctx.save_for_backward(x, *kept)
+        return F.linear(x, _together(kept), torch.cat(biases) if biases else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        sizes = [weight.shape[0] for weight in weights]
-        rows = grad.flatten(0, -2)
-        grad_x = grad @ torch.cat(weights) if ctx.needs_input_grad[0] else None
-        trained = any(ctx.needs_input_grad[2:])
+        x, *kept = ctx.saved_tensors
+        rows, sizes = grad.flatten(0, -2), ctx.sizes
+        grad_x = grad @ _together(kept) if ctx.needs_input_grad[0] else None
+        trained = any(ctx.needs_input_grad[3:])
         grad_weights = (rows.mT @ x.flatten(0, -2)).split(sizes) if trained else [None] * len(sizes)
         grad_biases = rows.sum(0).split(sizes) if ctx.biased and trained else [None] * (len(sizes) * ctx.biased)
-        return grad_x, None, *grad_weights, *grad_biases
+        return grad_x, None, None, *grad_weights, *grad_biases
+
+
+def _together(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))

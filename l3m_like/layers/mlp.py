@@ -33,6 +33,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class SwiGLU(nn.Module):
     """``down(silu(gate(x)) * up(x))`` (Shazeer, arXiv:2002.05202), with a ``bias`` in all three maps if asked for."""
 
+    #: linear layers that are computed as one
+    joint = (("gate", "up"),)
+
     def __init__(self, dim: int, *, hidden_dim: int, bias: bool = False) -> None:
         super().__init__()
         if hidden_dim < 1:

@@ -147,3 +147,35 @@ def stepped(optimizer: str) -> list[bool]:
 def test_the_next_forward_sees_what_an_optimizer_has_done(optimizer: str) -> None:
     (changed,) = pool.run(1, stepped, optimizer)
     assert all(changed) and len(changed) > 10
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_are_multiplied_as_one_lie_together(tied: bool) -> None:
+    from l3m_like.distributed.low_precision import LowPrecision
+    from l3m_like.layers import SwiGLU
+
+    class Apart(SwiGLU):
+        joint = ()
+
+    found = []
+    for kind in (SwiGLU, Apart):
+        torch.manual_seed(0)
+        layer = kind(8, hidden_dim=12)
+        if tied:
+            layer.up.weight = layer.gate.weight
+        LowPrecision(layer, torch.bfloat16)
+        x = torch.randn(600, 8, dtype=torch.bfloat16)
+        for _ in range(2):  # the second step with weights that have moved
+            layer(x).square().mean().backward()
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.sub_(parameter.grad.float())
+                    parameter.grad = None
+        found.append([layer(x), *layer.parameters()])
+        joined = getattr(layer.gate, "joined_weight", None)
+        assert (joined is not None) == (kind is SwiGLU and not tied)
+        if joined is not None:
+            assert torch.equal(joined, torch.cat([layer.gate.weight, layer.up.weight]))
+            assert layer.up.weight.data_ptr() == joined[12:].data_ptr()
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
