@@ -11,8 +11,6 @@ import functools
 import hashlib
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,22 +30,13 @@ def _mul_hi_lo(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
 
 def philox(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10. ``counter``: four int64 tensors in [0, 2^32) that broadcast; returns four of the same kind."""
-    return _rounds(_round_keys(key), counter)
-
-
-def _round_keys(key: tuple[int, int]) -> list[tuple[int, int]]:
-    return [((key[0] + n * _WEYL[0]) & _MASK, (key[1] + n * _WEYL[1]) & _MASK) for n in range(10)]
-
-
-def _rounds(
-    keys: Sequence[Sequence[int | Tensor]] | Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``keys``: two numbers for each of ten rounds."""
     c0, c1, c2, c3 = counter
-    for n in range(10):
+    k0, k1 = key
+    for _ in range(10):
         hi0, lo0 = _mul_hi_lo(c0, _MULTIPLIERS[0])
         hi1, lo1 = _mul_hi_lo(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = hi1 ^ c1 ^ keys[n][0], lo1, hi0 ^ c3 ^ keys[n][1], lo0
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
 
@@ -59,42 +48,35 @@ def key_of(seed: int, purpose: str) -> tuple[int, int]:
 
 def uniform_at(seed: int, purpose: str, stream: Tensor, element: Tensor) -> Tensor:
     """float64 uniforms in (0, 1) with 53 bits, for int64 ``stream`` and ``element`` numbers that broadcast together."""
-    return _drawn(_uniforms, seed, purpose, stream, element)
+    if _has_kernel(stream):
+        return _on_gpu(seed, purpose, stream, element, normal=False)
+    high, low, _, _ = philox(key_of(seed, purpose), _counter(stream, element))
+    return _to_uniform(high, low)
 
 
 def normal_at(seed: int, purpose: str, stream: Tensor, element: Tensor) -> Tensor:
     """float64 standard normals (Box-Muller), for int64 ``stream`` and ``element`` numbers that broadcast together."""
-    return _drawn(_normals, seed, purpose, stream, element)
-
-
-def _uniforms(keys: Any, stream: Tensor, element: Tensor) -> Tensor:
-    high, low, _, _ = _rounds(keys, _counter(stream, element))
-    return _to_uniform(high, low)
-
-
-def _normals(keys: Any, stream: Tensor, element: Tensor) -> Tensor:
-    a, b, c, d = _rounds(keys, _counter(stream, element))
+    if _has_kernel(stream):
+        return _on_gpu(seed, purpose, stream, element, normal=True)
+    a, b, c, d = philox(key_of(seed, purpose), _counter(stream, element))
     radius = torch.sqrt(-2.0 * torch.log(_to_uniform(a, b)))
     return radius * torch.cos(2.0 * math.pi * _to_uniform(c, d))
 
 
-def _drawn(draw: Callable[..., Tensor], seed: int, purpose: str, stream: Tensor, element: Tensor) -> Tensor:
-    """On a GPU as one kernel, where Triton is there: operation by operation, a draw is 150 of them."""
-    if stream.is_cuda and not torch.compiler.is_compiling() and _HAS_TRITON:
-        with torch.no_grad():
-            return _fused(draw)(_keys_on(stream.device, seed, purpose), stream, element)
-    return draw(_round_keys(key_of(seed, purpose)), stream, element)
+def _has_kernel(stream: Tensor) -> bool:
+    return stream.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling()
 
 
-@functools.cache
-def _fused(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(draw, dynamic=True)
+def _on_gpu(seed: int, purpose: str, stream: Tensor, element: Tensor, *, normal: bool) -> Tensor:
+    from l3m_like.core.philox import drawn
+
+    return drawn(_key_on(stream.device, seed, purpose), stream, element, normal=normal)
 
 
-@functools.lru_cache(maxsize=256)
-def _keys_on(device: torch.device, seed: int, purpose: str) -> Tensor:
-    """[10, 2] int64: as numbers, they would be compiled in."""
-    return torch.tensor(_round_keys(key_of(seed, purpose)), device=device)
+@functools.lru_cache(maxsize=1024)
+def _key_on(device: torch.device, seed: int, purpose: str) -> Tensor:
+    """[2] int64 on ``device``: a number would be copied there, or compiled in."""
+    return torch.tensor(key_of(seed, purpose), device=device)
 
 
 def _counter(stream: Tensor, element: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -83,6 +83,8 @@ class Graphs:
         counts[mode] += made
         why = self._failed_guards()
         if not again:
+            if made > 1:
+                log.warning("%s was compiled in %d pieces, with Python between them: %s", kind.name, made, self._breaks())
             return
         if self.steps >= SETTLED:
             self.late += made
@@ -103,6 +105,13 @@ class Graphs:
         # what separates training from evaluation, or kinds of units, is no news
         news = [reason.strip() for reason in found if "grad_mode" not in reason and "backend" not in reason.lower()]
         return "; ".join(dict.fromkeys(news)) or "a reason that torch does not name (TORCH_LOGS=recompiles may)"
+
+    @staticmethod
+    def _breaks() -> str:
+        """Why graphs are in pieces: the first line of each of torch's reasons."""
+        from torch._dynamo.utils import counters
+
+        return "; ".join(dict.fromkeys(str(reason).strip().splitlines()[0] for reason in counters["graph_break"]))
 
     def after_step(self) -> None:
         self.steps += 1

@@ -43,7 +43,7 @@ class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, number: int, joined: Tensor | None, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:number], parameters[number:]
-        ctx.sizes, ctx.biased = [len(weight) for weight in weights], bool(biases)
+        ctx.sizes, ctx.biased = [len(weight) for weight in weights], len(biases) > 0
         kept = weights if joined is None else (joined,)
         ctx.save_for_backward(x, *kept)
         return F.linear(x, _together(kept), torch.cat(biases) if biases else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from l3m_like.distributed.activations import (
     refuse_hidden,
 )
 from l3m_like.distributed.compiled import Graphs
+from l3m_like.layers import MLP, Attention, DiTLayer, TransformerLayer
 
 B, S, D, UNITS = 2, 6, 16, 5
 
@@ -302,6 +304,33 @@ def test_equal_units_share_one_graph(mode: Any, caplog: pytest.LogCaptureFixture
     with pytest.raises(UserError, match="Unit has 3 graphs for training, and parallel.compile_limit is 2.*size mismatch"):
         layers[0](x[:, :2], (table[0][:2], table[1][:2]))
     assert str(graphs) == "Unit 3 + 1 for evaluation, 2 recompiled after step 3"
+
+
+class Broken(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        torch._dynamo.graph_break()
+        return x.sin()
+
+
+def test_a_unit_in_pieces_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    graphs, layer = Graphs(backend="aot_eager"), Broken(D, D)
+    graphs.compile([layer])
+    with caplog.at_level(logging.WARNING, logger="l3m_like.distributed.compiled"):
+        layer(torch.randn(B, D, requires_grad=True))
+    assert "Broken was compiled in 2 pieces, with Python between them: Call to `torch._dynamo.graph_break()`" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["transformer", "diffusion"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_are_one_graph(kind: str, bias: bool, caplog: pytest.LogCaptureFixture) -> None:
+    mixer = partial(Attention, num_heads=2, bias=bias)
+    layer: Any = DiTLayer(D, mixer=mixer, mlp=MLP) if kind == "diffusion" else TransformerLayer(D, mixer=mixer, mlp=MLP)
+    graphs = Graphs(backend="aot_eager")
+    graphs.compile([layer])
+    with caplog.at_level(logging.WARNING, logger="l3m_like.distributed.compiled"):
+        layer(torch.randn(2, 512, D, requires_grad=True), torch.randn(2, D) if kind == "diffusion" else None).sum().backward()
+    assert graphs.counts == {type(layer).__name__: {"training": 1, "evaluation": 0}} and not caplog.text
 
 
 def test_checkpointing_is_inside_of_the_graph() -> None:
