@@ -94,10 +94,4 @@ def parse_size(written: str) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if "WORLD_SIZE" in os.environ:
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    sys.exit(status)
+    sys.exit(main())

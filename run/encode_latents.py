@@ -55,10 +55,4 @@ def encode(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if "WORLD_SIZE" in os.environ:
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    sys.exit(status)
+    sys.exit(main())

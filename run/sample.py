@@ -82,10 +82,4 @@ def default_path(run: Path, step: int | None, ema: bool, suffix: str) -> Path:
 
 
 if __name__ == "__main__":
-    status = main()
-    if "WORLD_SIZE" in os.environ:
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    sys.exit(status)
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Draws on a GPU in one kernel: the numbers of ``random.py``, which says what they are; operation by operation, a draw is 150 launches.
+"""Draws on a GPU in one kernel: the numbers of ``random.py``, where a draw is 150 operations.
 
 Imported where a draw is on a GPU, as Triton takes seconds to import.
 """

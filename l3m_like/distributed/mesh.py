@@ -13,6 +13,7 @@ Rows of a batch are dealt over dp_replicate x dp_shard.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import functools
 import math
@@ -47,7 +48,13 @@ def init_process_group(timeout_s: float = 600.0) -> tuple[int, int]:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    atexit.register(_leave)
     return dist.get_rank(), dist.get_world_size()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ def joint_linear(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
     biases = [layer.bias for layer in layers if layer.bias is not None]
     # of the weights, not `out_features`: a rank of tensor parallelism may hold a part
     joined = getattr(layers[0], "joined_weight", None)
-    return list(_Joint.apply(x, len(weights), joined, *weights, *biases).split([weight.shape[0] for weight in weights], dim=-1))
+    return list(_Joint.apply(x, joined, *weights, *biases).split([weight.shape[0] for weight in weights], dim=-1))
 
 
 def is_ordinary(layer: nn.Module) -> bool:
@@ -41,10 +40,12 @@ class _Joint(torch.autograd.Function):
     that FSDP frees after the forward of a unit."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, number: int, joined: Tensor | None, *parameters: Tensor) -> Tensor:
-        weights, biases = parameters[:number], parameters[number:]
+    def forward(ctx: Any, x: Tensor, joined: Tensor | None, *parameters: Tensor) -> Tensor:
+        # a number of weights among the arguments would become a symbol when it changes, which torch.compile breaks the graph for
+        weights = [parameter for parameter in parameters if parameter.dim() == 2]
+        biases = [parameter for parameter in parameters if parameter.dim() == 1]
         ctx.sizes, ctx.biased = [len(weight) for weight in weights], len(biases) > 0
-        kept = weights if joined is None else (joined,)
+        kept = weights if joined is None else [joined]
         ctx.save_for_backward(x, *kept)
         return F.linear(x, _together(kept), torch.cat(biases) if biases else None)
 
@@ -53,11 +54,11 @@ class _Joint(torch.autograd.Function):
         x, *kept = ctx.saved_tensors
         rows, sizes = grad.flatten(0, -2), ctx.sizes
         grad_x = grad @ _together(kept) if ctx.needs_input_grad[0] else None
-        trained = any(ctx.needs_input_grad[3:])
+        trained = any(ctx.needs_input_grad[2:])
         grad_weights = (rows.mT @ x.flatten(0, -2)).split(sizes) if trained else [None] * len(sizes)
         grad_biases = rows.sum(0).split(sizes) if ctx.biased and trained else [None] * (len(sizes) * ctx.biased)
-        return grad_x, None, None, *grad_weights, *grad_biases
+        return grad_x, None, *grad_weights, *grad_biases
 
 
-def _together(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
+def _together(weights: list[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
