@@ -49,6 +49,7 @@ AHEAD: Templates = {
     "postprocessor.proj.weight": "model.layers.61.eh_proj.weight",
     "postprocessor.norm.weight": "model.layers.61.shared_head.norm.weight",
     # tied to the head's, and named so by a model that has both
+    "postprocessor.final_norm.weight": "model.norm.weight",
     "postprocessor.head.weight": "lm_head.weight",
 }
 NAMES: Templates = {**decoder.EMBED, **LAYERS, **AHEAD, **decoder.HEAD}

@@ -31,7 +31,7 @@ def model_of(layer: object = LAYER) -> MetaModel:
         postprocessor=MultiTokenPrediction(V, D, layer, Rope(8, 1e4)),  # type: ignore[arg-type]
         head=LanguageModelHead(V, D, writes=["nll"]),
         stream="text",
-        tie={"postprocessor.head.weight": "head.proj.weight"},
+        tie={"postprocessor.head.weight": "head.proj.weight", "postprocessor.final_norm.weight": "head.norm.weight"},
     ).double()
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
@@ -52,7 +52,8 @@ def rows() -> dict[str, Tensor]:
 
 
 def by_formula(model: MetaModel, data: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """Document by document: h'_i = M [RMS(Emb(t_{i+1})); RMS(h_i)], h = TRM(h'), p(t_{i+2}) = softmax(head(h_i))."""
+    """Document by document: h'_i = M [RMS(Emb(t_{i+1})); RMS(h_i)], h = TRM(h'), p(t_{i+2}) = softmax(head(h_i)), where the main
+    model's h_i are those that its own output matrix is multiplied with."""
     ahead, total, count = model.postprocessor, torch.zeros((), dtype=torch.float64), 0
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def by_formula(model: MetaModel, data: dict[str, Tensor]) -> tuple[Tensor, int]:
 
     for row, start, end in ((0, 0, 5), (0, 5, 8), (1, 0, S)):
         embeddings = model.preprocessor.embed.weight[data["text_ids"][row, start:end]]
-        hidden = model.trunk.compute(embeddings.unsqueeze(0))[0]
+        hidden = norm(model.trunk.compute(embeddings.unsqueeze(0))[0], model.head.norm.weight)
         pairs = [
             torch.cat((norm(embeddings[i + 1], ahead.token_norm.weight), norm(hidden[i], ahead.hidden_norm.weight)))
             for i in range(end - start - 1)

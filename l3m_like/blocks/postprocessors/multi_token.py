@@ -35,8 +35,14 @@ class MultiTokenPrediction(ReadWriteBlock):
     """``layer(W [norm(e_{i+1}), norm(h_i)])`` predicts token i + 2 from the trunk's h_i and the embedding of token i + 1 (in this
     order, as in the published weights).
 
-    It is left out at inference. Its vocabulary matrix is to be the head's, and embeddings are those that the trunk read:
-    ``tie: {postprocessor.head.weight: head.proj.weight}``. The last token of a document has no next one, and no target.
+    h_i is the trunk's output *after the model's final norm*, so two norms follow each other. The paper says only "the
+    representation given by the main model"; the published weights were fitted to this: the main model of the modeling file that
+    comes with DeepSeek-R1's weights of such a layer ends with its norm and hands that tensor on, and so do vLLM and SGLang. It
+    matters by the final norm's weight alone: the rescaling of the second norm undoes that of the first.
+
+    It is left out at inference. Its vocabulary matrix and the final norm are to be the head's, and embeddings are those that the
+    trunk read: ``tie: {postprocessor.head.weight: head.proj.weight, postprocessor.final_norm.weight: head.norm.weight}``. The last
+    token of a document has no next one, and no target.
 
     Reads   hidden [B, S, D] of the trunk; tokens [B, S, D], the embeddings; targets [B, S] int64, -100 = none; positions,
             document_ids, cu_seqlens as ``Transformer`` reads them
@@ -48,7 +54,7 @@ class MultiTokenPrediction(ReadWriteBlock):
         dim: D.
         layer: ``layer(dim)`` makes it; its attention is causal.
         rope: as the trunk's.
-        norm_eps: of the three norms.
+        norm_eps: of the norms.
         training_only: leave it out at inference.
         ports: reads, writes, stream of ``ReadWriteBlock``.
     """
@@ -70,6 +76,7 @@ class MultiTokenPrediction(ReadWriteBlock):
         super().__init__(training_only=training_only, **ports)
         self.dim, self.rope = dim, rope
         self.backend = check_backend(selected("linear_cross_entropy"))
+        self.final_norm = RMSNorm(dim, eps=norm_eps)
         self.hidden_norm = RMSNorm(dim, eps=norm_eps)
         self.token_norm = RMSNorm(dim, eps=norm_eps)
         self.proj = nn.Linear(2 * dim, dim, bias=False)
@@ -94,7 +101,7 @@ class MultiTokenPrediction(ReadWriteBlock):
             positions = torch.arange(length, device=tokens.device)
         # at a document's end this is another one's token; nothing attends to that place, and it has no target
         following = tokens.roll(-1, dims=1)
-        joined = torch.cat((self.token_norm(following), self.hidden_norm(hidden)), dim=-1)
+        joined = torch.cat((self.token_norm(following), self.hidden_norm(self.final_norm(hidden))), dim=-1)
         x = self.proj(joined.to(self.proj.weight.dtype))
         rope = self.rope(positions, x.dtype) if self.rope is not None else None
         mask = LayerMasks(AttentionMask("causal", document_ids, cu_seqlens=cu_seqlens), length, length, x).of(self.layer)
@@ -133,12 +140,13 @@ class MultiTokenPrediction(ReadWriteBlock):
         return 2 * rows * length * matrices + self.layer.flops(rows * length, pairs)
 
     def tp_plan(self) -> dict[str, str]:
-        whole = dict.fromkeys(("hidden_norm", "token_norm", "proj", "norm"), "replicated")
+        whole = dict.fromkeys(("final_norm", "hidden_norm", "token_norm", "proj", "norm"), "replicated")
         return {**whole, "head": "vocab"}
 
     def optim_spec(self) -> dict[str, str | int]:
         return {"head.weight": "adamw"}
 
     def init_spec(self) -> dict[str, Init]:
-        norms: dict[str, Init] = {f"{name}.weight": Ones() for name in ("hidden_norm", "token_norm", "norm")}
+        names = ("final_norm", "hidden_norm", "token_norm", "norm")
+        norms: dict[str, Init] = {f"{name}.weight": Ones() for name in names}
         return norms | {"proj.weight": Normal(0.02), "head.weight": Normal(0.02)}
