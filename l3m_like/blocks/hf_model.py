@@ -30,8 +30,9 @@ class HFModel(ReadWriteBlock):
     """A model class of ``transformers.AutoModelForCausalLM``, from token ids to the negative log-likelihood of the targets.
 
     Reads   ids [B, S] int64; positions [B, S] int64 (without: 0, 1, 2, ... in each document); document_ids [B, S] int (-1 =
-            padding; without: one document per row); targets [B, S] int64, already shifted, -100 = no target (needed for nll)
-    Writes  nll [B, S] at least float32, 0 where there is no target; logits [B, S, V] in the weights' dtype. `writes` says
+            padding; without: one document per row); targets [B, S] int64, already shifted, -100 = no target (needed for nll);
+            places [P] int64, those of S whose logits are written (without: all), which a sampler says
+    Writes  nll [B, S] at least float32, 0 where there is no target; logits [B, S or P, V] in the weights' dtype. `writes` says
             which; the inference graph writes the logits.
 
     Parameters have the names that transformers gives them, below ``model.``; a tied output matrix is no parameter of its own,
@@ -133,6 +134,7 @@ class HFModel(ReadWriteBlock):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         targets: Tensor | None = None,
+        places: Tensor | None = None,
         *,
         outputs: Sequence[str],
     ) -> dict[str, Tensor]:
@@ -148,13 +150,13 @@ class HFModel(ReadWriteBlock):
             weight = self.model.get_output_embeddings().weight
             hidden = self.model.base_model(**inputs).last_hidden_state.to(weight.dtype)
             if "logits" in outputs:
-                out["logits"] = F.linear(hidden, weight)
+                out["logits"] = F.linear(hidden if places is None else hidden.index_select(1, places), weight)
             if "nll" in outputs:
                 out["nll"] = linear_cross_entropy(hidden, weight, self._needed(targets), backend=self.backend)
             return out
         logits = self.model(**inputs).logits
         if "logits" in outputs:
-            out["logits"] = logits
+            out["logits"] = logits if places is None else logits.index_select(1, places)
         if "nll" in outputs:
             scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
             nll = F.cross_entropy(scores, self._needed(targets).flatten(), ignore_index=IGNORE, reduction="none")
@@ -179,6 +181,7 @@ class HFModel(ReadWriteBlock):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         targets: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> int | None:
         """Of matrix products and softmax attention; None (unknown) for a class with other parameters or other attention."""
         config = self.hf_config.get_text_config()

@@ -54,8 +54,9 @@ class Autoregressive:
     """Generate text token by token.
 
     Supplies   <stream>_ids, <stream>_positions [B, S] int64; <stream>_document_ids [B, S] int32 (-1 = padding, on the left);
-               a key/value cache for every block that makes one
-    Takes      <stream>_logits [B, S, V]
+               a key/value cache for every block that makes one; of a prompt, <stream>_places [1] int64: the last place is
+               the only one whose logits are needed
+    Takes      <stream>_logits [B, S or 1, V]
 
     A token is a function of (seed, row, position, logits): it does not depend on the batch it is computed in, on the padding or
     on the mesh. Row ``i * num_samples + j`` is the j-th continuation of prompt i.
@@ -191,7 +192,7 @@ class Autoregressive:
                 raise UserError(
                     f"Autoregressive: {path} shares the cache '{key}' with another block; give it `reads: {{cache: {key}_2}}`."
                 )
-        supplied = [self._key(port) for port in ("ids", "positions", "document_ids")]
+        supplied = [self._key(port) for port in ("ids", "positions", "document_ids", "places")]
         graph.check("Autoregressive", supplied, [self._key("ids"), self._key("document_ids")], self._key("logits"))
 
     def _generate(
@@ -222,7 +223,10 @@ class Autoregressive:
 
         def draw_from(seen: Callable[[Tensor], Tensor]) -> None:
             """Draw a token from the logits behind what is ``seen`` of the keys' columns."""
-            data = graph({self._key(port): seen(value) for port, value in keys.items()} | caches)
+            data = {self._key(port): seen(value) for port, value in keys.items()}
+            if (length := data[self._key("ids")].shape[1]) > 1:
+                data[self._key("places")] = torch.full((1,), length - 1, device=graph.device)
+            data = graph(data | caches)
             token = self._draw(data[self._key("logits")][:, -1], row, positions.index_select(1, following).squeeze(1))
             if mesh is not None and mesh.size("tp") > 1:
                 # their logits may differ in the last bit, and two histories of one row must not part

@@ -17,6 +17,9 @@ from l3m_like.generate.sampler import Inference, collect, deal, sampling
 #: (tokens that are given, tokens whose likelihood is asked)
 Pair = tuple[Sequence[int], Sequence[int]]
 
+#: tokens whose logits exist at a time: 300 MB of bfloat16 for a vocabulary of 150,000, and twice that of float32
+_TOKENS = 1024
+
 
 class Harness:
     """Likelihoods and continuations of texts, as the harness asks for them: a request has ``args``.
@@ -106,11 +109,16 @@ class Harness:
         order = sorted(range(len(pairs)), key=lambda number: -len(pairs[number][0]) - len(pairs[number][1]))  # alike together
         found: dict[int, tuple[float, bool]] = {}
         with sampling(self.model, eager=True) as graph:
+            supplied = [self._key(port) for port in ("ids", "positions", "document_ids", "places")]
+            graph.check("harness", supplied, supplied[:1], self._key("logits"))
             for places, counts in deal(len(pairs), self.batch, self.mesh) if pairs else ():
                 numbers = [order[place] for place in places]
                 scores = self._scores(graph, [pairs[number] for number in numbers])
                 found |= dict(zip(numbers, scores, strict=True)) if counts else {}
         return collect(found, self.mesh)
+
+    def _key(self, port: str) -> str:
+        return f"{self.stream}_{port}"
 
     def _scores(self, graph: Inference, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         rows = [[*given, *new][-(self.max_length + 1) :] for given, new in pairs]
@@ -123,13 +131,24 @@ class Harness:
             asked = min(len(new), len(row) - 1)
             targets[number, len(row) - 1 - asked : len(row) - 1] = torch.tensor(row[len(row) - asked :])
         data = {"ids": ids, "positions": torch.arange(longest).expand_as(ids).contiguous(), "document_ids": documents}
-        out = graph({f"{self.stream}_{port}": value.to(graph.device) for port, value in data.items()})
-        logits, targets = out[f"{self.stream}_logits"], targets.to(graph.device)
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        asked_here = targets >= 0
-        chosen = scores.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        sums = torch.where(asked_here, chosen, 0).sum(1, dtype=torch.float64)
-        greedy = ((logits.argmax(-1) == targets) | ~asked_here).all(1)
+        asked_of = (targets >= 0).any(0).nonzero().squeeze(1).to(graph.device)
+        targets = targets.to(graph.device)
+        body, head = graph.around(self._key("logits"))
+        out = body({self._key(port): value.to(graph.device) for port, value in data.items()})
+        # a head runs for some tokens at a time; a model that is one block with its head runs once
+        chunk = max(1, len(asked_of) if head.units else _TOKENS // len(rows))
+        sums = torch.zeros(len(rows), dtype=torch.float64, device=graph.device)
+        greedy = torch.ones(len(rows), dtype=torch.bool, device=graph.device)
+        for places in asked_of.split(chunk):
+            logits = head(out | {self._key("places"): places})[self._key("logits")]
+            if not head.reads(self._key("places")):
+                logits = logits.index_select(1, places)
+            wanted = targets.index_select(1, places)
+            asked_here = wanted >= 0
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            chosen = scores.gather(-1, wanted.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            sums += torch.where(asked_here, chosen, 0).sum(1, dtype=torch.float64)
+            greedy &= ((logits.argmax(-1) == wanted) | ~asked_here).all(1)
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
 

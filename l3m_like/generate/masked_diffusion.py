@@ -25,8 +25,9 @@ class MaskedDiffusion:
     place; the surest ones stay, an equal share in every step, and the others are masks again.
 
     Supplies   <into>_noised, <into>_positions [B, S] int64; <into>_document_ids [B, S] int32 (-1 = padding, on the left);
-               where a block reads it, <into>_stages [B, S] int64: the model is one of block diffusion, with this ``block``
-    Takes      <stream>_logits [B, S, V]
+               where a block reads it, <into>_stages [B, S] int64: the model is one of block diffusion, with this ``block``;
+               <stream>_places [P] int64, those whose logits are needed
+    Takes      <stream>_logits [B, P, V]
 
     A token is a function of (seed, row, position, step, logits): it does not depend on the batch it is computed in, on the
     padding or on the mesh. Row ``i * num_samples + j`` is the j-th continuation of prompt i.
@@ -164,7 +165,8 @@ class MaskedDiffusion:
             raise UserError("MaskedDiffusion: the model's mask is 'staged' (block diffusion); give the `block` of its training.")
         if staged and self.shift:
             raise UserError("MaskedDiffusion: shift and block diffusion do not go together: a block does not see its last token.")
-        graph.check("MaskedDiffusion", list(keys.values()), [keys["noised"], keys["document_ids"]], f"{self.stream}_logits")
+        supplied = [*keys.values(), f"{self.stream}_places"]
+        graph.check("MaskedDiffusion", supplied, [keys["noised"], keys["document_ids"]], f"{self.stream}_logits")
         return staged
 
     def _generate(
@@ -281,13 +283,13 @@ class _Whole:
     def __call__(self, ids: Tensor, window: slice) -> Tensor:
         seen = slice(0, window.stop if self.layout.staged else ids.shape[1])
         back = int(self.sampler.shift)
-        return self.logits(ids, seen, window.start)[:, window.start - back : window.stop - back]
+        return self.logits(ids, seen, window.start, slice(window.start - back, window.stop - back))
 
     def finish(self, ids: Tensor, window: slice) -> None:
         """``window`` has no mask left."""
 
-    def logits(self, ids: Tensor, seen: slice, clean: int) -> Tensor:
-        """Logits of the places ``seen``, of which those before ``clean`` are clean; guided."""
+    def logits(self, ids: Tensor, seen: slice, clean: int, wanted: slice) -> Tensor:
+        """Logits of the places ``wanted`` among those that are ``seen``, of which those before ``clean`` are clean; guided."""
         guided = self.sampler.guidance > 0
         keys: dict[str, Tensor] = {"noised": ids, "positions": self.positions, "document_ids": self.documents}
         if self.layout.staged:
@@ -296,8 +298,12 @@ class _Whole:
         if guided:
             keys = {name: torch.cat((value, value)) for name, value in keys.items()}
             keys["noised"][len(ids) :][self.fixed] = self.sampler.mask_id
-        data = self.graph({f"{self.sampler.into}_{name}": value[:, seen] for name, value in keys.items()} | self.caches)
-        logits = data[f"{self.sampler.stream}_logits"]
+        data = {f"{self.sampler.into}_{name}": value[:, seen] for name, value in keys.items()} | self.caches
+        first, key = seen.start or 0, f"{self.sampler.stream}_places"
+        data[key] = torch.arange(wanted.start - first, wanted.stop - first, device=ids.device)
+        logits = self.graph(data)[f"{self.sampler.stream}_logits"]
+        if not self.graph.reads(key):
+            logits = logits.index_select(1, data[key])
         if not guided:
             return logits
         conditional, null = logits.to(torch.promote_types(logits.dtype, torch.float32)).chunk(2)
@@ -317,19 +323,23 @@ class _Cached(_Whole):
 
     def __call__(self, ids: Tensor, window: slice) -> Tensor:
         self._keep_prompt(ids)
-        logits = self.logits(ids, window, window.start)
+        logits = self.logits(ids, window, window.start, window)
         for cache in self.caches.values():
             cache.truncate(window.start)  # the window is not finished
         return logits
 
     def finish(self, ids: Tensor, window: slice) -> None:
         if window.stop < self.layout.stop:
-            self.logits(ids, window, window.stop)
+            self._keep(ids, window)
 
     def _keep_prompt(self, ids: Tensor) -> None:
         if self.prompt.stop:
-            self.logits(ids, self.prompt, self.prompt.stop)
+            self._keep(ids, self.prompt)
             self.prompt = slice(0, 0)
+
+    def _keep(self, ids: Tensor, window: slice) -> None:
+        """Keep keys and values of clean tokens; nobody asks for their logits."""
+        self.logits(ids, window, window.stop, slice(window.stop - 1, window.stop))
 
 
 def _nobody(left: Tensor, count: bool, mesh: Mesh | None) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 
 from l3m_like.core.block import Data, ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.core.meta_model import Graph, Step
 from l3m_like.core.wiring import parts_of
 from l3m_like.distributed.compiled import Graphs
 from l3m_like.distributed.mesh import Mesh, gather_objects
@@ -53,9 +54,11 @@ class Sampler(Protocol):
 class Inference:
     """The inference graph of a model, whose parts run one after the other. Make it with ``sampling``."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.parts = parts_of(model)
-        self.graphs = {name: part.inference() for name, part in self.parts.items()}
+    def __init__(self, model: nn.Module, graphs: Mapping[str, Graph] | None = None) -> None:
+        parts = parts_of(model)
+        self.model = model
+        self.graphs = {name: part.inference() for name, part in parts.items()} if graphs is None else dict(graphs)
+        self.parts = {name: parts[name] for name in self.graphs}
         #: ``(path, block)`` of all that runs
         self.blocks: list[tuple[str, ReadWriteBlock]] = [
             (f"{name}.{step.path}" if name else step.path, step.block)
@@ -74,6 +77,22 @@ class Inference:
         for name, part in self.parts.items():
             data = part(data, self.graphs[name])  # the root's forward: the one way into a sharded model
         return data
+
+    def around(self, key: str) -> tuple[Inference, Inference]:
+        """What runs before the block that writes ``key``, and that block with what follows: the second may then run several
+        times on what the first one wrote."""
+        steps = [(name, step) for name, graph in self.graphs.items() for step in graph.steps]
+        at = next(number for number, (_, step) in enumerate(steps) if key in step.block.writes_in(True).values())
+        return self._of(steps[:at]), self._of(steps[at:])
+
+    def _of(self, steps: Sequence[tuple[str, Step]]) -> Inference:
+        parts = dict.fromkeys(name for name, _ in steps)
+        graphs = {name: Graph(tuple(step for part, step in steps if part == name), inference=True) for name in parts}
+        return Inference(self.model, graphs)
+
+    def reads(self, key: str) -> bool:
+        """Whether some block reads ``key``."""
+        return any(key in block.reads.values() for _, block in self.blocks)
 
     def requires(self, key: str) -> bool:
         """Whether some block cannot do without ``key``."""

@@ -61,7 +61,7 @@ class TeacherHead(LanguageModelHead):
 class DistillationHead(LanguageModelHead):
     """A ``LanguageModelHead`` that also compares its distribution with a teacher's, at every token that has a target.
 
-    Reads   hidden [B, S, D]; targets [B, S] int64; what ``TeacherHead`` writes (needed for divergence)
+    Reads   hidden [B, S, D]; targets [B, S] int64; places as ``LanguageModelHead``; what ``TeacherHead`` writes (needed for divergence)
     Writes  as ``LanguageModelHead``; divergence [B, S] at least float32, 0 where there is no target
 
     Args:
@@ -99,10 +99,11 @@ class DistillationHead(LanguageModelHead):
         teacher_vocabulary: Tensor | None = None,
         teacher_logprobs: Tensor | None = None,
         teacher_ids: Tensor | None = None,
+        places: Tensor | None = None,
         *,
         outputs: Sequence[str],
     ) -> dict[str, Tensor]:
-        out = super().compute(hidden, targets, outputs=outputs)
+        out = super().compute(hidden, targets, places=places, outputs=outputs)
         if "divergence" not in outputs:
             return out
         weight = whole(self.proj.weight)
@@ -132,6 +133,7 @@ class DistillationHead(LanguageModelHead):
         teacher_vocabulary: Tensor | None = None,
         teacher_logprobs: Tensor | None = None,
         teacher_ids: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> int:
         """Its logits once for each of nll and divergence."""
         return super().flops(hidden) * sum(port in self.writes for port in ("nll", "divergence"))

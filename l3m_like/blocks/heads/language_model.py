@@ -20,9 +20,9 @@ class LanguageModelHead(ReadWriteBlock):
     """Final norm, then logits or, without ever holding all logits, the negative log-likelihood of the targets.
 
     Reads   hidden [B, S, D]; targets [B, S] int64, already shifted, -100 = no target (needed for nll); weights [B, S] float
-            (needed for weighted_nll)
+            (needed for weighted_nll); places [P] int64, those of S whose logits are written (without: all), which a sampler says
     Writes  nll [B, S] at least float32, 0 where there is no target; weighted_nll [B, S], the same times the weights (a plain
-            sum of it costs one pass over the vocabulary, as one of nll does); logits [B, S, V] in the weight's dtype. `writes`
+            sum of it costs one pass over the vocabulary, as one of nll does); logits [B, S or P, V] in the weight's dtype. `writes`
             says which; the inference graph writes the logits.
 
     Args:
@@ -46,13 +46,19 @@ class LanguageModelHead(ReadWriteBlock):
         self.proj = nn.Linear(dim, vocab_size, bias=False)
 
     def compute(
-        self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, *, outputs: Sequence[str]
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        places: Tensor | None = None,
+        *,
+        outputs: Sequence[str],
     ) -> dict[str, Tensor]:
         weight = self.proj.weight  # never self.proj(...): the matrix may be the embedding's
         hidden = self.normed(hidden)
         out: dict[str, Tensor] = {}
         if "logits" in outputs:
-            out["logits"] = vocabulary_logits(hidden, weight)
+            out["logits"] = vocabulary_logits(hidden if places is None else hidden.index_select(1, places), weight)
         for port, factors in {"nll": None, "weighted_nll": weights}.items():
             if port not in outputs:
                 continue
@@ -72,8 +78,15 @@ class LanguageModelHead(ReadWriteBlock):
         """Multiply logits by ``factor`` (muP)."""
         self.output_factor = factor
 
-    def flops(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> int:
-        return 2 * hidden.shape[0] * hidden.shape[1] * self.proj.in_features * self.proj.out_features
+    def flops(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> int:
+        length = hidden.shape[1] if places is None else places.numel()
+        return 2 * hidden.shape[0] * length * self.proj.in_features * self.proj.out_features
 
     def tp_plan(self) -> dict[str, str]:
         return {"norm": "replicated", "proj": "vocab"}
