@@ -61,7 +61,8 @@ class TeacherHead(LanguageModelHead):
 class DistillationHead(LanguageModelHead):
     """A ``LanguageModelHead`` that also compares its distribution with a teacher's, at every token that has a target.
 
-    Reads   hidden [B, S, D]; targets [B, S] int64; places as ``LanguageModelHead``; what ``TeacherHead`` writes (needed for divergence)
+    Reads   hidden [B, S, D]; targets [B, S] int64; places as ``LanguageModelHead``; what ``TeacherHead`` writes (needed for
+            divergence)
     Writes  as ``LanguageModelHead``; divergence [B, S] at least float32, 0 where there is no target
 
     Args:

@@ -22,8 +22,8 @@ class LanguageModelHead(ReadWriteBlock):
     Reads   hidden [B, S, D]; targets [B, S] int64, already shifted, -100 = no target (needed for nll); weights [B, S] float
             (needed for weighted_nll); places [P] int64, those of S whose logits are written (without: all), which a sampler says
     Writes  nll [B, S] at least float32, 0 where there is no target; weighted_nll [B, S], the same times the weights (a plain
-            sum of it costs one pass over the vocabulary, as one of nll does); logits [B, S or P, V] in the weight's dtype. `writes`
-            says which; the inference graph writes the logits.
+            sum of it costs one pass over the vocabulary, as one of nll does); logits [B, S or P, V] in the weight's dtype.
+            `writes` says which; the inference graph writes the logits.
 
     Args:
         vocab_size: V.

@@ -40,8 +40,8 @@ class MultiTokenPrediction(ReadWriteBlock):
     comes with DeepSeek-R1's weights of such a layer ends with its norm and hands that tensor on, and so do vLLM and SGLang. It
     matters by the final norm's weight alone: the rescaling of the second norm undoes that of the first.
 
-    It is left out at inference. Its vocabulary matrix and the final norm are to be the head's, and embeddings are those that the
-    trunk read: ``tie: {postprocessor.head.weight: head.proj.weight, postprocessor.final_norm.weight: head.norm.weight}``. The last
+    It is left out at inference. Its vocabulary matrix and the final norm are to be the head's, ``tie: {postprocessor.head.weight:
+    head.proj.weight, postprocessor.final_norm.weight: head.norm.weight}``, and embeddings are those that the trunk read. The last
     token of a document has no next one, and no target.
 
     Reads   hidden [B, S, D] of the trunk; tokens [B, S, D], the embeddings; targets [B, S] int64, -100 = none; positions,
