@@ -11,7 +11,20 @@ from torch import Tensor
 from l3m_like.losses.loss import Loss
 
 
-class LoadBalance(Loss):
+class _OverRanks(Loss):
+    """Loads of all ranks' batches are one. In an evaluation, which has no gradient, those of one rank's batch are taken by
+    themselves: so the number of processes does not matter, and ``batch.micro`` does."""
+
+    _mesh: Any = None
+
+    def bind(self, mesh: Any) -> None:
+        self._mesh = mesh
+
+    def over_ranks(self, loads: Tensor) -> Tensor:
+        return loads if self._mesh is None or not torch.is_grad_enabled() else self._mesh.sum(loads)
+
+
+class LoadBalance(_OverRanks):
     """Load balance over the whole batch (Fedus et al., arXiv:2101.03961, eq. 4 to 6, as Qwen3-MoE takes it over all layers).
 
     ``E * sum_e f_e P_e``: f_e is how many times a token of a layer chose expert e, P_e the mean probability that the router gave
@@ -23,18 +36,13 @@ class LoadBalance(Loss):
     """
 
     scope = "batch"
-    _mesh: Any = None
-
-    def bind(self, mesh: Any) -> None:
-        self._mesh = mesh
 
     def compute(self, router_load: Tensor, router_probability: Tensor) -> Tensor:
         probability = router_probability.sum((0, 1))
         load = router_load.sum((0, 1))
         # every token's probabilities sum to 1, so this is the number of (token, layer) pairs
         pairs = probability.detach().sum().unsqueeze(0)
-        if self._mesh is not None:
-            load, pairs = self._mesh.sum(torch.cat((load, pairs))).split([load.numel(), 1])
+        load, pairs = self.over_ranks(torch.cat((load, pairs))).split([load.numel(), 1])
         # a rank's part: P_e times the batch's tokens, of its own rows
         return load.numel() * (load / pairs.clamp(min=1) * probability).sum() / router_load.shape[0]
 
@@ -87,7 +95,7 @@ class RouterZ(Loss):
         return (document_ids >= 0).sum()
 
 
-class LoadViolation(Loss):
+class LoadViolation(_OverRanks):
     """``max_e load_e / mean_e load_e - 1``, mean over layers: 0 where loads are even (Wang et al., arXiv:2408.15664, eq. 4).
 
     A metric. Loads are those of a micro-batch over all ranks, and micro-batches are averaged by their tokens.
@@ -96,17 +104,11 @@ class LoadViolation(Loss):
     Counts  tokens: document_ids [B, S] that are not padding
     """
 
-    _mesh: Any = None
-
     def __init__(self, weight: None = None, **ports: Any) -> None:
         super().__init__(weight, **ports)
 
-    def bind(self, mesh: Any) -> None:
-        self._mesh = mesh
-
     def compute(self, router_load: Tensor, document_ids: Tensor) -> Tensor:
-        load = router_load.detach().sum(1)
-        load = load if self._mesh is None else self._mesh.sum(load)
+        load = self.over_ranks(router_load.detach().sum(1))
         violation = (load.amax(-1) / load.mean(-1).clamp(min=1e-20) - 1).mean()
         return violation * (document_ids >= 0).sum()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
+from l3m_like.blocks import Transformer
 from l3m_like.core.errors import UserError
-from l3m_like.layers import Router
+from l3m_like.layers import Attention, MoE, Router, TransformerLayer
 from l3m_like.losses import LoadBalance, LoadViolation, RouterZ, RowLoadBalance
 from l3m_like.training.updates import Update, refuse_split
 
@@ -110,3 +113,40 @@ def test_the_batch_form_refuses_accumulation() -> None:
     with pytest.raises(UserError, match="scope: batch"):
         refuse_split([update], 2, 1)
     refuse_split([Update("main", {}, {"balance": RowLoadBalance(stream="text")}, ["*"], None)], 2, 1)
+
+
+class OtherRanks:
+    """A mesh on which other ranks have batches of their own."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values * 2 + torch.arange(values.numel()).view(values.shape)
+
+
+@pytest.mark.parametrize("kind", [LoadBalance, LoadViolation])
+def test_an_evaluation_looks_at_no_other_rank(kind) -> None:
+    """Which batches others have at the same time, and whether these count, depends on how many processes there are."""
+    data, *_ = routed()
+    alone, loss = number(kind(stream="text"), data), kind(stream="text")
+    loss.bind(OtherRanks())
+    assert number(loss, data) != alone  # in training, all ranks' batches are one
+    with torch.no_grad():
+        assert number(loss, data) == alone
+
+
+def test_of_a_clean_copy_nothing_is_counted() -> None:
+    """Rows of block diffusion: losses are of the noisy half, and are divided by its tokens."""
+    layer = partial(TransformerLayer, mixer=partial(Attention, num_heads=2), mlp=partial(MoE, hidden_dim=8, experts=E, top_k=K))
+    ports = ["hidden", "router_load", "router_probability", "router_z"]
+    trunk = Transformer(D, L, layer, mask="staged", writes=ports, stream="paired").double()  # type: ignore[arg-type]
+    for p in trunk.parameters():
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros(B, S, dtype=torch.int32)
+    ids[0, 4:] = -1
+    stages = 2 * (torch.arange(S) // 2).expand(B, S)
+    x = torch.randn(B, 2 * S, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    out = trunk.compute(x, document_ids=ids.repeat(1, 2), stages=torch.cat((stages, stages + 1), dim=1), outputs=ports)
+    tokens = (ids >= 0).sum()
+    assert out["router_load"].sum() == L * K * tokens
+    data = {f"text_{port}": value for port, value in out.items()} | {"text_document_ids": ids}
+    load, probability = (out[port].sum((0, 1)) / (L * tokens) for port in ports[1:3])
+    torch.testing.assert_close(value(LoadBalance(stream="text"), data), E * (load * probability).sum())

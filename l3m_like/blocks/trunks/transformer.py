@@ -34,7 +34,8 @@ class Transformer(ReadWriteBlock):
             takes a slower way); prefix_lengths [B] int64 (mask "prefix"); stages [B, S] int64 (mask "staged"); cache
             (generation only; with a staged mask, tokens see all that is in it); row [B] int64 (``drop_path`` in training)
     Writes  hidden [B, S, D]; if `writes` names them, what the routers of the L layers with experts did with every row, without
-            padding: router_load [L, B, E], tokens per expert; router_probability [L, B, E], their summed scores; router_z [L, B]
+            padding and without clean copies (mask "staged"): router_load [L, B, E], tokens per expert; router_probability
+            [L, B, E], their summed scores; router_z [L, B]
 
     Args:
         dim: D.
@@ -140,6 +141,8 @@ class Transformer(ReadWriteBlock):
         mask = AttentionMask(kind, document_ids, kv_ids, prefix_lengths, start, cu_seqlens, stages=stages)
         masks = LayerMasks(mask, length, kv_length, tokens, self.attention_used if cache is None else None)
         valid = None if document_ids is None else document_ids >= 0
+        if stages is not None:  # every token comes noisy and clean; losses divide by the number of noisy ones
+            valid = stages % 2 == 0 if valid is None else valid & (stages % 2 == 0)
         entered = tokens
         if self.streams > 1:
             tokens = torch.stack([tokens] * self.streams)
