@@ -10,7 +10,8 @@ from torch import nn
 
 from l3m_like.blocks import LanguageModelHead, TokenEmbed, Transformer
 from l3m_like.core.errors import UserError
-from l3m_like.layers import LatentAttention, MoE, SwiGLU, TransformerLayer
+from l3m_like.layers import LatentAttention, MoE, Rope, SwiGLU, TransformerLayer
+from l3m_like.layers.rope import yarn_magnitude
 from l3m_like.pretrained import decoder
 from l3m_like.pretrained.families import Family
 from l3m_like.pretrained.name_map import Source, Templates
@@ -91,6 +92,11 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
         known = isinstance(layer, TransformerLayer) and isinstance(layer.mixer, LatentAttention)
         if not (known and isinstance(layer.mlp, (MoE, SwiGLU))):
             raise UserError(f"layer {at} is no TransformerLayer of LatentAttention and MoE or SwiGLU.")
+        if abs(layer.mixer.score_factor - (wanted := score_factor(trunk.rope))) > 1e-9:
+            raise UserError(
+                f"the attention of layer {at} multiplies its scores by {layer.mixer.score_factor:g}, and its rotary positions "
+                f"(mscale_all_dim of their scaling) say {wanted:g}; give LatentAttention the rope_scaling of the trunk's rope."
+            )
     first = next((at for at, layer in enumerate(layers) if isinstance(layer.mlp, MoE)), len(layers))
     if any(isinstance(layer.mlp, SwiGLU) for layer in layers[first:]):
         raise UserError("a dense layer follows one with experts; only the first layers may be dense.")
@@ -107,6 +113,13 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
         "tie_word_embeddings": head.proj.weight is embed.embed.weight,
         "rope_parameters": decoder.rope_parameters(trunk.rope),
     }
+
+
+def score_factor(rope: Rope | None) -> float:
+    """What the attention of such a model multiplies scores by, on top of 1 / sqrt(head_dim)."""
+    if rope is None or rope.scaling is None or rope.scaling_type != "yarn":
+        return 1.0
+    return yarn_magnitude(rope.scaling) ** 2
 
 
 def _attention(mixer: LatentAttention) -> dict[str, Any]:

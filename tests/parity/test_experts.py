@@ -28,7 +28,7 @@ from transformers import (
 from l3m_like.blocks import LanguageModelHead, TokenEmbed, Transformer
 from l3m_like.config import RunConfig
 from l3m_like.config.schema import Init
-from l3m_like.core import MetaModel
+from l3m_like.core import MetaModel, UserError
 from l3m_like.core.meta_model import as_model
 from l3m_like.layers import Attention, LatentAttention, MoE, Rope, Router, SwiGLU, TransformerLayer
 from l3m_like.losses import LoadBalance
@@ -268,6 +268,15 @@ def test_describes_its_config(name: str) -> None:
         found = normal[field]
         assert {k: found[k] for k in value} == value if isinstance(value, dict) else found == value, field
     assert family_of(ours).model_type == name
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2"])
+def test_scores_are_scaled_as_the_rotary_positions_say(name: str) -> None:
+    """``config.json`` says both in one place: a model whose attention was not told is no model of the family."""
+    ours, _ = both(name, torch.float32)
+    ours.trunk.layers[1].mixer.score_factor = 1.0  # as without rope_scaling
+    with pytest.raises(UserError, match=r"layer 1 multiplies its scores by 1,(.|\n)* say 1\.29"):
+        family(name).describe(ours)
 
 
 def test_a_hub_file_has_each_expert_apart(tmp_path: Path) -> None:
