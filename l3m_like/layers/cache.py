@@ -56,8 +56,10 @@ class StaticCache:
         device: of the document ids.
 
     ``length`` is the number of tokens held, the same for every row, and ``place`` (int64 scalar) the same number on the device;
-    rows of unequal length are padded on the left with document id -1 (and given their own positions). A recorded CUDA graph
-    moves ``place`` alone: whoever replays it sees to it that the tokens fit.
+    rows of unequal length are padded on the left with document id -1 (and given their own positions). A row may hold several
+    documents, each of which sees itself alone; the tokens that follow go on with the last one (windows are counted in places, and
+    nothing may stand between a document's tokens). A recorded CUDA graph moves ``place`` alone: whoever replays it sees to it
+    that the tokens fit.
     """
 
     def __init__(

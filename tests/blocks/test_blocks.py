@@ -270,6 +270,24 @@ def test_rows_of_unequal_length_in_a_cache() -> None:
         trunk.compute(x[:, 2:3], cache=cache)
 
 
+@pytest.mark.parametrize("window", [None, 2])
+@torch.no_grad()
+def test_packed_rows_in_a_cache(window: int | None) -> None:
+    """Every document comes out as if alone, the last one of each row with the tokens that follow."""
+    trunk, x = trunk_of().double(), tokens_of(2, 8).double()
+    for layer in trunk.layers:
+        layer.mixer.window = window
+    lengths = ((3, 5), (2, 2, 4))
+    ids = torch.tensor([[number for number, length in enumerate(row) for _ in range(length)] for row in lengths])
+    positions = torch.tensor([[place for length in row for place in range(length)] for row in lengths])
+    cache = trunk.make_cache(2, 8)
+    parts = [(part, positions[:, at], ids[:, at]) for part, at in zip(x.split([6, 1, 1], 1), (slice(6), [6], [7]), strict=True)]
+    out = torch.cat([trunk.compute(*part, cache=cache) for part in parts], 1)
+    for row, sizes in enumerate(lengths):
+        for found, alone in zip(out[row].split(sizes), x[row].split(sizes), strict=True):
+            torch.testing.assert_close(found, trunk.compute(alone.unsqueeze(0))[0])
+
+
 def test_a_cache_refuses_gradients() -> None:
     trunk = trunk_of()
     with pytest.raises(UserError, match="no_grad"):
