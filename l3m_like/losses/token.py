@@ -15,6 +15,9 @@ class TokenNLL(Loss):
     Reads   nll [B, S] float, 0 where there is no target; targets [B, S] int64, -100 = no target; optional only [B, S] bool:
             where it counts
     Counts  targets that are not -100 (and where it counts)
+
+    ``only`` is for metrics. Of a trained term the gradient is then no longer one number for all tokens, and the head computes
+    its logits a second time; ``weighted_nll`` of ``LanguageModelHead``, whose weights are 0 and 1, does not.
     """
 
     def compute(self, nll: Tensor, targets: Tensor, only: Tensor | None = None) -> Tensor:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from l3m_like import blocks
+from l3m_like.blocks.table import replaced, rows
 from l3m_like.config import RunConfig
 from l3m_like.core.diagram import Box, Diagram, Label, _lay_out, _width
 from l3m_like.core.wiring import Trace
@@ -111,6 +113,15 @@ def test_documented_keys_are_the_declared_ones(name: str) -> None:
             said, dims, (writers, _) = table[key]
             assert row.block in writers.split(", ") and len(dims) == len(shape), key
             assert said == "compute" or said == str(dtype).removeprefix("torch."), key
+
+
+def test_every_block_is_documented() -> None:
+    text = (ROOT / "docs" / "keys.md").read_text("utf-8")
+    assert replaced(text) == text, "docs/keys.md is out of date: python -m l3m_like.blocks.table"
+    made = {name: (reads, writes) for name, _, reads, writes in rows()}
+    assert set(made) == set(blocks.__all__) and all(what for _, what, _, _ in rows())
+    built = blocks.LanguageModelHead(4, 2, writes=["nll"])
+    assert re.findall(r"\w+", made["LanguageModelHead"][0]) == list(built.ports)
 
 
 def test_no_key_is_documented_that_nothing_writes() -> None:
