@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Init, Normal, Ones, Zeros
-from l3m_like.kernels.linear_cross_entropy import IGNORE, check_backend, linear_cross_entropy
+from l3m_like.kernels.linear_cross_entropy import IGNORE, check_backend, counted_targets, linear_cross_entropy
 from l3m_like.kernels.select import selected
 from l3m_like.layers.lora import LoRALinear
-from l3m_like.layers.masks import AttentionMask, attended_pairs
+from l3m_like.layers.masks import AttentionMask, attended_pairs, counted_tokens
 
 ATTENTION = ("auto", "sdpa", "eager", "flex_attention")
 
@@ -187,7 +187,7 @@ class HFModel(ReadWriteBlock):
         config = self.hf_config.get_text_config()
         heads, active = getattr(config, "num_attention_heads", None), _active_experts(config)
         head = self.model.get_output_embeddings()
-        products = head.weight.numel() if head is not None else 0
+        products = 0
         for name, parameter in (named for unit in self.units for named in unit.named_parameters()):
             if name.endswith("bias"):
                 continue
@@ -200,6 +200,8 @@ class HFModel(ReadWriteBlock):
         widths = _head_widths(config)
         if not heads or widths is None or not self.attends:
             return None
+        work = 2 * counted_tokens(ids.shape, document_ids) * products
+        work += 2 * counted_targets(ids.shape, targets) * (head.weight.numel() if head is not None else 0)
         document_ids = document_ids if self.packed else None
         batch, length = ids.shape
         pairs = {
@@ -207,7 +209,7 @@ class HFModel(ReadWriteBlock):
             for window in set(windows_of(config, len(self.units)))
         }
         attended = sum(pairs[window] for window in windows_of(config, len(self.units)))
-        return 2 * ids.numel() * products + 2 * attended * heads * sum(widths)
+        return work + 2 * attended * heads * sum(widths)
 
     def optim_spec(self) -> dict[str, str | int]:
         tables = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]

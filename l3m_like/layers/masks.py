@@ -7,6 +7,7 @@ and distinct (backend, window) of its layers. Masks are bool, True = may attend.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -318,6 +319,13 @@ def _within(length: int, window: int) -> int:
     """Pairs of places of a row that are less than ``window`` apart."""
     near = min(length, window)
     return length * (2 * near - 1) - near * (near - 1)
+
+
+def counted_tokens(shape: Sequence[int], document_ids: Tensor | None) -> int:
+    """Tokens of rows [B, S] for FLOP counts: without padding if ``document_ids`` is a real CPU tensor, else all places."""
+    if document_ids is None or document_ids.device.type != "cpu":
+        return shape[0] * shape[1]
+    return int((document_ids >= 0).sum())
 
 
 def document_lengths(document_ids: Tensor) -> Tensor:

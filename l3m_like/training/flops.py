@@ -16,8 +16,9 @@ from l3m_like.distributed.mesh import Mesh
 PEAK = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "A10": 125e12}
 
 FORMULA = (
-    "model FLOPs = 3 x forward of trained blocks (forward 1, backward 2) + 1 x forward of frozen ones; matrix products and "
-    "attention over real document lengths (causal: half of the square); no embedding table, no recomputation; "
+    "model FLOPs = 3 x forward of trained blocks (forward 1, backward 2) + 1 x forward of frozen ones; matrix products of "
+    "tokens (no padding; logits: with a target) and attention over real document lengths (causal: half of the square); no "
+    "embedding table, no recomputation; "
     "MFU = model FLOPs / seconds / (devices x peak); "
     "HFU likewise, with 1 x forward of what activation checkpointing runs again (full: all units, n: every n-th, selective: no "
     "matrix product)"

@@ -137,4 +137,4 @@ class DistillationHead(LanguageModelHead):
         places: Tensor | None = None,
     ) -> int:
         """Its logits once for each of nll and divergence."""
-        return super().flops(hidden) * sum(port in self.writes for port in ("nll", "divergence"))
+        return super().flops(hidden, targets) * sum(port in self.writes for port in ("nll", "divergence"))

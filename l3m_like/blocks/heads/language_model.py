@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal
-from l3m_like.kernels.linear_cross_entropy import check_backend
+from l3m_like.kernels.linear_cross_entropy import check_backend, counted_targets
 from l3m_like.kernels.select import selected
 from l3m_like.layers.norm import make_norm, norm_spec
 from l3m_like.layers.vocabulary import vocabulary_logits, vocabulary_nll
@@ -85,8 +85,9 @@ class LanguageModelHead(ReadWriteBlock):
         weights: Tensor | None = None,
         places: Tensor | None = None,
     ) -> int:
-        length = hidden.shape[1] if places is None else places.numel()
-        return 2 * hidden.shape[0] * length * self.proj.in_features * self.proj.out_features
+        """Of the tokens that have a target, where the targets are the loader's."""
+        shape = hidden.shape[0], hidden.shape[1] if places is None else places.numel()
+        return 2 * counted_targets(shape, targets) * self.proj.in_features * self.proj.out_features
 
     def tp_plan(self) -> dict[str, str]:
         return {"norm": "replicated", "proj": "vocab"}

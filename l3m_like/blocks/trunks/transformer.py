@@ -15,7 +15,7 @@ from l3m_like.core.init import Normal
 from l3m_like.core.random import uniform
 from l3m_like.layers.attention import Attention
 from l3m_like.layers.cache import StaticCache
-from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind
+from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind, counted_tokens
 from l3m_like.layers.moe import RouterLoads
 from l3m_like.layers.rope import Rope
 from l3m_like.layers.transformer import TransformerLayer
@@ -218,7 +218,8 @@ class Transformer(ReadWriteBlock):
             // half
             for window in {getattr(unit.mixer, "window", None) for unit in units}
         }
-        return sum(unit.flops(batch * length, pairs[getattr(unit.mixer, "window", None)]) for unit in units)
+        counted = counted_tokens((batch, length), document_ids)
+        return sum(unit.flops(counted, pairs[getattr(unit.mixer, "window", None)]) for unit in units)
 
 
 def _share_kv(units: Sequence[Any], kv_every: int) -> None:
