@@ -376,9 +376,11 @@ def check_lanes(global_batch: int, micro_batch: int, dp_size: int, lanes: int) -
     if global_batch % lanes or lanes % dp_size:
         divisors = [number for number in range(1, global_batch + 1) if global_batch % number == 0 and number % dp_size == 0]
         near = sorted(sorted(divisors, key=lambda number: (abs(number - lanes), number))[:3])
+        said = f"{lanes}, its default for this batch" if lanes == default_lanes(global_batch) else str(lanes)
         raise UserError(
-            f"data.lanes is {lanes}; it must divide batch.global {global_batch} and be a multiple of the {dp_size} data-parallel "
-            f"processes. Fits: {', '.join(map(str, near))}. (It defines the order of samples: choose it once per run.)"
+            f"data.lanes is {said}; it must divide batch.global {global_batch} and be a multiple of the {dp_size} data-parallel "
+            f"processes. Set data.lanes; what fits: {', '.join(map(str, near))}. (It defines the order of samples, whatever the "
+            "number of processes is: choose it once per run.)"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 import sys
 from collections import deque
@@ -19,6 +20,8 @@ from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.data.dataset import BadSample, Dataset, Item, Part
 from l3m_like.data.lanes import Lane, check_lanes, check_state, count_rows, default_lanes
 from l3m_like.data.packing import Piece
+
+log = logging.getLogger(__name__)
 
 REMAINDERS = ("drop", "pad", "wrap")
 #: how long a thread may keep the interpreter from others that ask for it
@@ -103,6 +106,13 @@ class Loader:
         self._pin = pin
         self._pad = remainder == "pad"
         self._stream = f"seed {seed}, {dataset.describe()}, {lanes} lanes"  # reads the indices, before any thread runs
+        for part in dataset.parts.values():
+            if not part.indexed and (shards := len(part.source.shards())) < lanes and dp_rank == 0:
+                times = -(-lanes // shards)
+                log.warning(
+                    "%s has %d shards for %d lanes, so each is read %d times over. Set data.lanes: %d or less, or write more "
+                    "shards.", part.source.path, shards, lanes, times, shards,
+                )  # fmt: skip
         if state is not None:
             check_state(state, lanes, self._stream)
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="data-worker") if workers else None

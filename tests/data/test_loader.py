@@ -793,7 +793,8 @@ def test_close_ends_all_threads() -> None:
         ({"global_batch": 30, "micro_batch": 4, "dp_size": 4}, ["batch.global is 30", "batch.micro 4 x 4", "16 or 32"]),
         ({"global_batch": 32, "micro_batch": 3, "dp_size": 4}, ["batch.global is 32", "24 or 36", "batch.micro 2 or 4"]),
         ({"global_batch": 4, "micro_batch": 4, "dp_size": 2}, ["batch.global is 4", "global 8", "batch.micro 1 or 2"]),
-        ({"global_batch": 16, "micro_batch": 4, "lanes": 3}, ["data.lanes is 3", "2, 4"]),
+        ({"global_batch": 16, "micro_batch": 4, "lanes": 3}, ["data.lanes is 3;", "2, 4"]),
+        ({"global_batch": 1024, "micro_batch": 1, "dp_size": 512}, ["256, its default", "what fits: 512, 1024"]),
         ({"global_batch": 16, "micro_batch": 4, "dp_size": 4, "lanes": 2}, ["data.lanes is 2", "4, 8, 16"]),
         ({"global_batch": 16, "micro_batch": 4, "epochs": 0}, ["epochs is 0"]),
     ],
@@ -820,3 +821,12 @@ def test_bad_states() -> None:
 
 def test_default_lanes() -> None:
     assert [default_lanes(n) for n in (1, 16, 64, 256, 1000, 1024, 257)] == [1, 16, 64, 256, 250, 256, 1]
+
+
+def test_few_shards_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    stream = Dataset(Shards(), bytes_of(), FitPack(64), block=3)
+    for lanes in (5, 10):
+        Loader(stream, seed=0, global_batch=10, micro_batch=10, lanes=lanes, prefetch=0).close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "shards has 5 shards for 10 lanes, so each is read 2 times over. Set data.lanes: 5 or less, or write more shards."
+    ]
