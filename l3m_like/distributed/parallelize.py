@@ -76,6 +76,7 @@ def parallelize(
         part.double()
         part.retie()
     if mesh.world_size > 1:
+        refuse_ties_between_units(part)
         apply_fsdp(part, units, mesh, precision, reshard_after_forward)
     elif precision == "bf16":
         LowPrecision(part, DTYPES[precision], leave=_own_dtype(part))
@@ -169,6 +170,21 @@ def _named_units(part: MetaModel) -> Iterator[tuple[str, nn.Module]]:
     for _, block in part.blocks():
         for unit in block.shard_units():
             yield names[id(unit)], unit
+
+
+def refuse_ties_between_units(part: MetaModel) -> None:
+    """FSDP gathers and frees each unit's parameters by themselves, so one cannot be a parameter of another unit as well."""
+    units = dict(_named_units(part))
+    units |= {f"{path}.model": module.model for path, module in part.named_modules() if isinstance(module, (Frozen, Tower))}
+    first: dict[int, tuple[str, str]] = {}
+    for name, parameter in part.named_parameters(remove_duplicate=False):
+        unit = max((path for path in units if name.startswith(f"{path}.")), key=len, default="the rest of the model")
+        other, its_unit = first.setdefault(id(parameter), (name, unit))
+        if unit != its_unit:
+            raise UserError(
+                f"tie: {other} and {name} are one parameter, but {its_unit} and {unit} are sharded apart. Tie parameters of one "
+                "unit, or such as are in none (embeddings and heads); or untie these, or run in one process."
+            )
 
 
 def apply_fsdp(part: MetaModel, units: list[nn.Module], mesh: Mesh, precision: str, reshard_after_forward: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l3m_like.core import Frozen, MetaModel, ReadWriteBlock, UserError, Wrap
+from l3m_like.distributed.parallelize import parallelize
 from l3m_like.losses import Loss
 from tests.distributed import pool
 from tests.distributed.recorder import experiment, recorded, toy
@@ -64,6 +66,20 @@ def test_no_parameter_changes_its_name(name: str, axes: dict[str, int]) -> None:
         for mode, (names, tied) in zip(MODES, after, strict=True):
             assert names == before[0], mode
             assert tied, mode
+
+
+def test_a_tie_between_units_is_refused() -> None:
+    """FSDP holds a unit's parameters by themselves, so none of them may be another's as well."""
+    several = SimpleNamespace(world_size=2, size=lambda axis: 1)
+    for tie, words in (
+        ({"trunk.layers.1.mlp.up.weight": "trunk.layers.0.mlp.up.weight"}, "trunk.layers.0 and trunk.layers.1"),
+        ({"trunk.layers.1.norm_1.weight": "head.norm.weight"}, "trunk.layers.1 and the rest of the model"),
+    ):
+        model = experiment("llm").instantiate("model")
+        model.tie |= tie
+        model.retie()
+        with pytest.raises(UserError, match=f"tie: .*{words}.* one process"):
+            parallelize(model, several)  # type: ignore[arg-type]
 
 
 # ---- tensor-parallel plans -----------------------------------------------------------------------------------------------
