@@ -110,6 +110,18 @@ class ReadWriteBlock(nn.Module):
             ports[name] = parameter.default is None
         return ports
 
+    def read_if(self, port: str, used: bool) -> None:
+        """The optional read port ``port`` is one only where a setting makes use of it; called when the block is built.
+
+        Raises:
+            UserError: `reads` names it, and nothing would read it.
+        """
+        if used:
+            return
+        if port in self._reads:
+            raise UserError(f"{type(self).__name__}: `reads` names '{port}', which is not read with these settings; delete it.")
+        del self.ports[port]
+
     # ---- the dictionary work ---------------------------------------------------------------------------------------
 
     def key(self, port: str) -> str:

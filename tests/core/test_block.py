@@ -123,6 +123,25 @@ def test_signatures_that_say_nothing() -> None:
         Scale(hidden="x")
 
 
+class Shuffled(ReadWriteBlock):
+    outputs = ("tokens",)
+
+    def __init__(self, shuffle: bool, **ports: Any) -> None:
+        super().__init__(**ports)
+        self.read_if("row", shuffle)
+
+    def compute(self, hidden: Tensor, row: Tensor | None = None) -> Tensor:
+        return hidden if row is None else hidden[row]
+
+
+def test_a_port_that_a_setting_asks_for() -> None:
+    data = {"hidden": torch.arange(3.0), "row": torch.tensor([2, 0, 1])}
+    assert Shuffled(True).reads == {"hidden": "hidden", "row": "row"} and Shuffled(False).reads == {"hidden": "hidden"}
+    assert Shuffled(True)(data)["tokens"].tolist() == [2, 0, 1] and Shuffled(False)(data)["tokens"].tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="`reads` names 'row', which is not read with these settings"):
+        Shuffled(False, reads={"row": "image_row"})
+
+
 def test_a_missing_key_and_a_wrong_number_of_outputs() -> None:
     with pytest.raises(TypeError, match="hidden"):
         Scale(stream="text")({"text_mask": torch.ones(1)})

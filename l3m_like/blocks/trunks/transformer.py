@@ -81,8 +81,8 @@ class Transformer(ReadWriteBlock):
         if not 0 <= drop_path < 1 or (drop_path > 0 and seed is None):
             raise UserError(f"Transformer: drop_path is {drop_path}, at least 0 and below 1; above 0 it needs seed: ${{seed}}.")
         self.drop_path, self.seed = drop_path, seed
-        if not drop_path:
-            self.ports.pop("row", None)  # nothing is drawn
+        for port, used in {"row": drop_path > 0, "prefix_lengths": mask == "prefix", "stages": mask == "staged"}.items():
+            self.read_if(port, used)
         self.dim = dim
         self.rope = rope
         self.mask = mask
