@@ -150,15 +150,17 @@ def test_flops_are_those_of_our_own_trunk() -> None:
     layer = partial(TransformerLayer, mixer=mixer, mlp=partial(SwiGLU, hidden_dim=48))
     data = batch()
     ids, documents, hidden = data["text_ids"], data["text_document_ids"], torch.empty(2, 16, 32)
+    targets, real = data["text_targets"], int((documents >= 0).sum())
+    assert (targets != -100).sum() < real < 32  # neither ends of documents nor padding count alike
     ours = Transformer(32, 2, layer, Rope(8, 1e4)).flops(hidden, None, documents) + LanguageModelHead(
         61, 32, writes=["nll"]
-    ).flops(hidden)
+    ).flops(hidden, targets)
     assert TokenEmbed(61, 32).flops(ids) == 0
-    assert built("qwen3").head.flops(ids, None, documents) == ours
+    assert built("qwen3").head.flops(ids, None, documents, targets) == ours
     # of four experts two are at work
     dense, sparse = 3 * 32 * 48, 2 * 3 * 32 * 16 + 4 * 32
-    difference = 2 * 32 * 2 * (sparse - dense)  # two layers, 32 tokens
-    assert built("qwen3_moe").head.flops(ids, None, documents) == ours + difference
+    difference = 2 * real * 2 * (sparse - dense)  # two layers
+    assert built("qwen3_moe").head.flops(ids, None, documents, targets) == ours + difference
 
 
 @pytest.mark.parametrize(
