@@ -168,9 +168,11 @@ def read_in_compute(axes: dict[str, int], forgotten: bool) -> dict[str, tuple[Te
         scale = LogitScale(14.3, bias=-9.7, stream="logit", writes=["scale", "bias"])
         part = MetaModel(preprocessor={"level": level, "scale": scale}, stream="image")
     specs = init_specs(part)
-    with mock.patch.object(LogitScale, "full_precision", not forgotten):
-        with mock.patch.object(FourierFeatures, "full_precision", not forgotten):
-            parallelize(part, mesh, precision="bf16")
+    with (
+        mock.patch.multiple(LogitScale, full_precision=not forgotten),
+        mock.patch.multiple(FourierFeatures, full_precision=not forgotten),
+    ):
+        parallelize(part, mesh, precision="bf16")
     materialize(part, torch.device("cpu"))
     initialize(part, 0, "", specs)
     masters = {name: whole(p) for name, p in part.named_parameters()}
