@@ -68,6 +68,8 @@ def evaluate(args: argparse.Namespace) -> int:
     made, real = found
     values = compare(real, made, metrics, 3, mesh)
     result = {**values, "generated": made.count, "real": real.count, "extractor": extractor.name}
+    if max(made.count, real.count) > made.most and made.keeps:
+        result["features held"] = made.most
     if mesh.is_main:
         for name, value in result.items():
             print(f"{name:<16} {value:.4f}" if isinstance(value, float) else f"{name:<16} {value}")

@@ -79,7 +79,7 @@ def parallelize(
         refuse_ties_between_units(part)
         apply_fsdp(part, units, mesh, precision, reshard_after_forward)
     elif precision == "bf16":
-        LowPrecision(part, DTYPES[precision], leave=_own_dtype(part))
+        LowPrecision(part, DTYPES[precision], leave=_as_stored(part))
     return part
 
 
@@ -197,9 +197,13 @@ def apply_fsdp(part: MetaModel, units: list[nn.Module], mesh: Mesh, precision: s
         cast_forward_inputs=False,
     )
     nested = [m for m in part.modules() if isinstance(m, (Frozen, Tower)) and any(True for _ in m.parameters())]
-    own = {id(module) for module in _own_dtype(part)}
+    own = {id(module) for module in _as_stored(part)}
     as_stored = MixedPrecisionPolicy(cast_forward_inputs=False)
-    # units first, then what holds them, from the inside out
+    if precision == "bf16":  # a group has one dtype; a few numbers stay gathered, as those of the root
+        for module in part.modules():
+            if getattr(module, "full_precision", False):
+                fully_shard(module, mesh=mesh.fsdp, mp_policy=as_stored, reshard_after_forward=False)
+    # units, then what holds them, from the inside out
     for module in [*units, *(module.model for module in reversed(nested))]:
         chosen = as_stored if id(module) in own else policy
         fully_shard(module, mesh=mesh.fsdp, mp_policy=chosen, reshard_after_forward=reshard_after_forward)
@@ -211,9 +215,11 @@ def apply_fsdp(part: MetaModel, units: list[nn.Module], mesh: Mesh, precision: s
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _own_dtype(part: nn.Module) -> list[nn.Module]:
-    """All modules of frozen parts with a dtype of their own: they compute in it."""
-    return [inner for m in part.modules() if isinstance(m, Frozen) and m.dtype is not None for inner in m.modules()]
+def _as_stored(part: nn.Module) -> list[nn.Module]:
+    """All modules that read their parameters in the dtype in which these are stored: those of frozen parts with a dtype of their
+    own, and those with the attribute ``full_precision``, for numbers that bf16 would round too much."""
+    frozen = [inner for m in part.modules() if isinstance(m, Frozen) and m.dtype is not None for inner in m.modules()]
+    return [*frozen, *(m for m in part.modules() if getattr(m, "full_precision", False))]
 
 
 def reshard(model: nn.Module) -> None:

@@ -1,23 +1,27 @@
 """Metrics that compare a set of pictures with another one: FID, sFID, inception score, precision and recall.
 
 Statistics are sums in float64 over rows, or features kept by row number; both are merged over ranks. So a result depends neither
-on batches nor on the number of processes.
+on batches nor on the number of processes. Of a set of any size the sums take D^2 numbers, and the features are ``MOST`` at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import heapq
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.core.random import uniform
 from l3m_like.distributed.mesh import Mesh, gather_objects
 from l3m_like.evaluations.extractors import Features
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
-#: rows of distances that are held at a time
-BLOCK = 1024
+#: distances are held for so many rows and columns at a time
+BLOCK = 2048
+#: pictures of a set whose features precision and recall look at: as many as published results, 0.4 GB of Inception's
+MOST = 50_000
 
 
 class Moments:
@@ -92,9 +96,11 @@ class Statistics:
         metrics: which.
         total: number of pictures, where an inception score is wanted of them.
         splits: of the inception score.
+        most: pictures whose features are kept for precision and recall. Of more, so many are drawn, by a function of their row
+            numbers: a set may be in the order of its classes.
     """
 
-    def __init__(self, metrics: Collection[str], total: int | None = None, splits: int = 10) -> None:
+    def __init__(self, metrics: Collection[str], total: int | None = None, splits: int = 10, most: int = MOST) -> None:
         for name in metrics:
             if name not in METRICS:
                 raise UserError(f"metrics: there is no '{name}'. {did_you_mean(name, METRICS)}")
@@ -103,7 +109,9 @@ class Statistics:
         self.score = InceptionScore(total, splits) if "inception_score" in metrics and total is not None else None
         self.keeps = bool({"precision", "recall"} & set(metrics))
         self.count = 0
+        self.most = most
         self._kept: dict[int, Tensor] = {}
+        self._draws: list[tuple[float, int]] = []  # (-draw, row) of what is kept: a heap, the next to go first
         self.features = torch.empty(0)  # [N, D], after ``merge``
 
     def add(self, features: Features, rows: Sequence[int]) -> None:
@@ -115,9 +123,16 @@ class Statistics:
             self.cells.add(features.cells)
         if self.score is not None:
             self.score.add(features.logits, torch.tensor(rows, device=features.logits.device))
-        if self.keeps:
-            # no views: a row that is sent would take its whole batch along
-            self._kept |= {row: one.clone() for row, one in zip(rows, features.pooled.cpu(), strict=True)}
+        if self.keeps and rows:
+            draws = uniform(torch.tensor(rows), seed=0, purpose="precision_recall", dtype=torch.float64).tolist()
+            for row, draw, one in zip(rows, draws, features.pooled.cpu(), strict=True):
+                if len(self._kept) < self.most:
+                    heapq.heappush(self._draws, (-draw, row))
+                elif -draw > self._draws[0][0]:
+                    del self._kept[heapq.heapreplace(self._draws, (-draw, row))[1]]
+                else:
+                    continue
+                self._kept[row] = one.clone()  # no view: it would hold its whole batch
 
     def merge(self, mesh: Mesh, like: Features) -> None:
         """Once, at the end, on every rank: of all ranks' pictures. ``like``: features of any picture, for ranks without one."""
@@ -132,17 +147,27 @@ class Statistics:
             self.score.merge(mesh)
         self.count = round(float(mesh.sum(torch.tensor(float(self.count), dtype=torch.float64, device=mesh.device))))
         if self.keeps:
+            every = gather_objects(self._draws if mesh.speaks_for_rows else [])
+            chosen = {row for _, row in heapq.nlargest(self.most, (pair for part in every for pair in part))}
             kept: dict[int, Tensor] = {}
-            for part in gather_objects(self._kept if mesh.speaks_for_rows else {}):
+            for part in gather_objects(
+                {row: self._kept[row] for row in chosen & set(self._kept)} if mesh.speaks_for_rows else {}
+            ):
                 kept |= part
-            self._kept = {}
+            self._kept, self._draws = {}, []
             self.features = torch.stack([kept[row] for row in sorted(kept)]).to(mesh.device)
 
 
-def radii(features: Tensor, neighbours: int, rows: Iterable[Tensor]) -> Tensor:
-    """The distance of each of ``rows`` (indices) to its k-th nearest other row of ``features`` [N, D]."""
-    # the nearest of all is the row itself
-    return torch.cat([distances(features[at], features).kthvalue(neighbours + 1).values for at in rows])
+def radii(rows: Tensor, features: Tensor, neighbours: int) -> Tensor:
+    """The distance of each of ``rows`` [n, D], which are some of ``features`` [N, D], to its k-th nearest other one."""
+    found = []
+    for part in rows.split(BLOCK):
+        nearest = part.new_empty(len(part), 0, dtype=torch.float64)
+        for others in features.split(BLOCK):
+            nearest = torch.cat((nearest, distances(part, others)), 1)
+            nearest = nearest.topk(min(neighbours + 1, nearest.shape[1]), largest=False).values
+        found.append(nearest[:, -1])  # the nearest of all is the row itself
+    return torch.cat(found)
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
@@ -152,7 +177,13 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
 
 def covered(points: Tensor, manifold: Tensor, radius: Tensor) -> int:
     """How many of ``points`` [N, D] lie in the ball of at least one row of ``manifold`` [M, D] with its ``radius`` [M]."""
-    return sum(int((distances(part, manifold) <= radius).any(-1).sum()) for part in points.split(BLOCK))
+    count = 0
+    for part in points.split(BLOCK):
+        inside = torch.zeros(len(part), dtype=torch.bool, device=part.device)
+        for centres, reach in zip(manifold.split(BLOCK), radius.split(BLOCK), strict=True):
+            inside |= (distances(part, centres) <= reach).any(-1)
+        count += int(inside.sum())
+    return count
 
 
 def precision_recall(real: Tensor, made: Tensor, neighbours: int, mesh: Mesh) -> tuple[float, float]:
@@ -163,14 +194,21 @@ def precision_recall(real: Tensor, made: Tensor, neighbours: int, mesh: Mesh) ->
         if len(manifold) <= neighbours:
             raise UserError(f"{name} with {neighbours} neighbours needs more pictures than {len(manifold)}.")
         size, rank = mesh.dp_size, mesh.dp_rank
-        own = torch.arange(rank, len(manifold), size, device=manifold.device)
         radius = torch.zeros(len(manifold), dtype=torch.float64, device=manifold.device)
-        if len(own):
-            radius[own] = radii(manifold, neighbours, own.split(BLOCK))
+        if rank < len(manifold):
+            radius[rank::size] = radii(manifold[rank::size], manifold, neighbours)
         radius = mesh.sum(radius)  # each is of one rank, the others add zeros
         inside = torch.tensor(covered(points[rank::size], manifold, radius), dtype=torch.float64, device=points.device)
         found.append(float(mesh.sum(inside)) / len(points))
     return found[0], found[1]
+
+
+def described(made: Statistics, real: Statistics) -> str:
+    """How many pictures were compared, for people."""
+    text = f"{made.count} generated, {real.count} real"
+    if made.keeps and max(made.count, real.count) > made.most:
+        text += f" (precision and recall: {len(made.features)} and {len(real.features)} of them)"
+    return text
 
 
 def compare(real: Statistics, made: Statistics, metrics: Collection[str], neighbours: int, mesh: Mesh) -> dict[str, float]:

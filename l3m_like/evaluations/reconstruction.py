@@ -57,7 +57,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 class Reconstruction:
     """Held-out images through the inference graph: ``l1`` (of images in [-1, 1]), ``psnr`` (dB) and ``ssim`` of 8-bit pixels,
     ``lpips`` if a block of the model writes it, each a mean over rows; ``rfid``, the FID between images and reconstructions, with
-    an extractor; and a picture with every row of images above that of its reconstructions.
+    an extractor (the images' features are computed once); and a picture with every row of images above that of its
+    reconstructions.
 
     Args:
         data: the dataset (the entry's ``data``).
@@ -92,6 +93,7 @@ class Reconstruction:
         self.columns = columns
         self.batch = batch
         self.extractor = extractor
+        self._real: Statistics | None = None  # of the images, after the first evaluation
         self.image, self.result, self.distance = stream, f"{stream}_reconstruction", f"{stream}_lpips"
 
     def check(self, model: nn.Module) -> None:
@@ -123,8 +125,9 @@ class Reconstruction:
         graphs, parts = self.graphs(model), parts_of(model)
         sums: dict[str, Tensor] = {}
         pairs: dict[int, Tensor] = {}
-        real, made = Statistics(("fid",)), Statistics(("fid",))
-        features: tuple[Features, Features] | None = None
+        made = Statistics(("fid",))
+        real = Statistics(("fid",)) if self._real is None else None
+        like: Features | None = None
         most = -(-self.samples // (self.batch * mesh.dp_size))
         batches = EvalLoader(self.data, batch=self.batch, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, seed=seed)
         for batch, valid in itertools.islice(iter(batches), most):
@@ -147,11 +150,12 @@ class Reconstruction:
             for name, value in (found | {"rows": torch.ones_like(found["psnr"])}).items():
                 sums[name] = sums.get(name, 0.0) + torch.where(counts, value.double(), 0.0).sum()
             if self.extractor is not None:
-                features = self.extractor(image), self.extractor(result)
-                for statistics, some in zip((real, made), features, strict=True):
-                    here = counts.to(some.pooled.device)
-                    kept = Features(*(part[here] for part in vars(some).values()))
-                    statistics.add(kept, rows[counts.cpu()].tolist())
+                for statistics, pictures in ((real, image), (made, result)):
+                    if statistics is not None:
+                        like = self.extractor(pictures)
+                        here = counts.to(like.pooled.device)
+                        kept = Features(*(part[here] for part in vars(like).values()))
+                        statistics.add(kept, rows[counts.cpu()].tolist())
             if valid:
                 both = torch.stack((image.to(result.dtype), result), dim=1).cpu()
                 pairs |= {row: pair.clone() for row, pair in zip(rows.tolist(), both, strict=True) if row < self.shown}
@@ -161,11 +165,13 @@ class Reconstruction:
         picture = self.picture(torch.stack([every[row] for row in sorted(every)]))
         values = {name: total / count for name, total in totals.items()}
         notes = {"images": str(round(count))}
-        if self.extractor is not None and features is not None:
-            for statistics, some in zip((real, made), features, strict=True):
-                statistics.merge(mesh, some)
-            assert real.pooled is not None and made.pooled is not None
-            values["rfid"] = frechet_distance(real.pooled, made.pooled)
+        if self.extractor is not None and like is not None:
+            made.merge(mesh, like)
+            if real is not None:
+                real.merge(mesh, like)
+                self._real = real
+            assert self._real is not None and self._real.pooled is not None and made.pooled is not None
+            values["rfid"] = frechet_distance(self._real.pooled, made.pooled)
             notes["extractor"] = self.extractor.name
         return Findings(values, {"grid": picture}, notes)
 

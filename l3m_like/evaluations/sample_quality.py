@@ -14,7 +14,7 @@ from l3m_like.data.dataset import Dataset
 from l3m_like.distributed.mesh import Mesh
 from l3m_like.evaluations.evaluation import Findings
 from l3m_like.evaluations.extractors import Extractor, Features
-from l3m_like.evaluations.image_sets import Statistics, compare
+from l3m_like.evaluations.image_sets import MOST, Statistics, compare, described
 from l3m_like.evaluations.pictures import Batches, of_dataset
 from l3m_like.evaluations.sample_grid import changed, check_sampler
 
@@ -31,7 +31,8 @@ class SampleQuality:
         sampler: of images in [-1, 1] (None: that of the run).
         settings: of the sampler, where they differ: ``{num_samples: 10000, guidance: 1.0}``.
         metrics: any of ``image_sets.METRICS``.
-        real: how many of the real pictures (None: all).
+        real: how many of the real pictures (None: all, which may be many: their moments are summed as they come).
+        most: pictures of each set whose features are held for precision and recall, see ``Statistics``.
         neighbours: of precision and recall.
         splits: of the inception score.
         batch: real pictures at a time.
@@ -48,6 +49,7 @@ class SampleQuality:
         settings: Mapping[str, Any] | None = None,
         metrics: Sequence[str] = ("fid", "sfid", "inception_score", "precision", "recall"),
         real: int | None = None,
+        most: int = MOST,
         neighbours: int = 3,
         splits: int = 10,
         batch: int = 64,
@@ -56,7 +58,9 @@ class SampleQuality:
         if not hasattr(self.sampler, "chunks"):
             raise UserError(f"SampleQuality: {type(self.sampler).__name__} is no sampler of images (FlowODE, FlowSDE).")
         self.data, self.extractor, self.metrics = data, extractor, tuple(metrics)
-        self.limit, self.neighbours, self.splits, self.batch = real, neighbours, splits, batch
+        if most <= neighbours:
+            raise UserError(f"SampleQuality: most is {most}; it must be above neighbours ({neighbours}).")
+        self.limit, self.neighbours, self.splits, self.batch, self.most = real, neighbours, splits, batch, most
         self._real: Statistics | None = None
         Statistics(self.metrics)
 
@@ -67,12 +71,11 @@ class SampleQuality:
     def evaluate(self, model: nn.Module, *, mesh: Mesh, step: int, seed: int, folder: Path) -> Findings:
         if self._real is None:
             pictures = of_dataset(self.data, self.batch, mesh, self.limit)
-            self._real = collect_statistics(pictures.batches, self.extractor, Statistics(self.metrics), mesh)
-        made = Statistics(self.metrics, self.sampler.num_samples, self.splits)
+            self._real = collect_statistics(pictures.batches, self.extractor, Statistics(self.metrics, most=self.most), mesh)
+        made = Statistics(self.metrics, self.sampler.num_samples, self.splits, self.most)
         made = collect_statistics(self.sampler.chunks(model, mesh), self.extractor, made, mesh)
         values = compare(self._real, made, self.metrics, self.neighbours, mesh)
-        pictures_said = f"{made.count} generated, {self._real.count} real"
-        return Findings(values, notes={"extractor": self.extractor.name, "pictures": pictures_said})
+        return Findings(values, notes={"extractor": self.extractor.name, "pictures": described(made, self._real)})
 
 
 def collect_statistics(batches: Batches, extractor: Extractor, into: Statistics, mesh: Mesh) -> Statistics:

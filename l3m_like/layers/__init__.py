@@ -21,7 +21,7 @@ __getattr__, __dir__, __all__ = lazy(
         "modulated_layer": ["ModulatedLayer"],
         "moe": ["MoE", "Router", "Routing"],
         "norm": ["RMSNorm", "LayerNorm", "AffineLayerNorm"],
-        "patch_embed": ["PatchProjection", "patchify", "patch_pixels", "unpatchify", "sincos_positions"],
+        "patch_embed": ["Colours", "PatchProjection", "patchify", "patch_pixels", "unpatchify", "sincos_positions"],
         "pooling": ["Pool", "AttentionPool"],
         "rope": ["Rope", "MultiAxisRope"],
         "timm_vit": ["TimmViT"],

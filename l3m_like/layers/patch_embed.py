@@ -71,6 +71,25 @@ class PatchProjection(nn.Module):
         return spec if self.proj.bias is None else spec | {"proj.bias": Zeros()}
 
 
+class Colours:
+    """Takes the mean and deviation of the colours out of images in [-1, 1]: [B, C, H, W] -> (pixel in [0, 1] - mean) / std.
+
+    Args:
+        mean, std: of the colours in [0, 1], a number for each channel.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        if len(mean) != len(std) or min(std) <= 0:
+            raise UserError(f"Colours: mean {list(mean)} and std {list(std)}: a number for each channel, std above 0.")
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if image.shape[1] != len(self.mean):
+            raise UserError(f"Colours: images have {image.shape[1]} channels, mean and std {len(self.mean)} numbers.")
+        mean, std = (per_channel(image, numbers) for numbers in (self.mean, self.std))
+        return ((image + 1) / 2 - mean) / std
+
+
 def per_channel(like: Tensor, numbers: Sequence[float]) -> Tensor:
     """``numbers`` as [1, C, 1, 1] of the dtype and device of ``like``; by fills, which do not wait for the device."""
     return torch.stack([like.new_full((), number) for number in numbers]).view(1, -1, 1, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal, Ones, Zeros
-from l3m_like.layers.patch_embed import per_channel
+from l3m_like.layers.patch_embed import Colours
 
 #: mean and deviation of ImageNet's colours in [0, 1]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,12 +47,10 @@ class TimmViT(nn.Module):
         std: Sequence[float] = IMAGENET[1],
     ) -> None:
         super().__init__()
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise UserError(f"TimmViT: mean {list(mean)} and std {list(std)}: three numbers each, std above 0.")
         self.name = name
         self.image_size = image_size
         self.resize = resize
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.colours = Colours(mean, std)
         self.model = _build(name, dict(arguments or {}))
         self.dim: int = self.model.embed_dim
         self.patch: int = self.model.patch_embed.patch_size[0]
@@ -62,8 +60,7 @@ class TimmViT(nn.Module):
         """The image as the model expects it, in the weights' dtype."""
         if self.image_size is not None and image.shape[-2:] != (self.image_size, self.image_size):
             image = F.interpolate(image, size=(self.image_size, self.image_size), mode=self.resize, align_corners=False)
-        mean, std = (per_channel(image, numbers) for numbers in (self.mean, self.std))
-        return (((image + 1) / 2 - mean) / std).to(self.model.patch_embed.proj.weight.dtype)
+        return self.colours(image).to(self.model.patch_embed.proj.weight.dtype)
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of ``image`` [B, C, H, W]."""

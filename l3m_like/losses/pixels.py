@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from l3m_like.core.errors import UserError
-from l3m_like.layers.patch_embed import patch_pixels
+from l3m_like.layers.patch_embed import Colours, patch_pixels
 from l3m_like.losses.loss import Loss
 
 
@@ -26,16 +26,27 @@ class PatchRegression(Loss):
         patch: p.
         weight: of the term.
         normalize: each target patch by its own mean and deviation.
+        colours: a ``l3m_like.layers.Colours``, which sees the image before that, as in ``PatchEmbed``.
         ports: reads, stream of ``ReadWriteBlock``.
     """
 
-    def __init__(self, patch: int, weight: float | None = 1.0, *, normalize: bool = True, **ports: Any) -> None:
+    def __init__(
+        self,
+        patch: int,
+        weight: float | None = 1.0,
+        *,
+        normalize: bool = True,
+        colours: Colours | None = None,
+        **ports: Any,
+    ) -> None:
         super().__init__(weight, **ports)
         self.patch, self.normalize = patch, normalize
+        self.colours = colours
 
     def compute(self, patches: Tensor, image: Tensor, masked: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(patches.dtype, image.dtype), torch.float32)
-        target = patch_pixels(image.to(dtype), self.patch)[:, -patches.shape[1] :]
+        image = image.to(dtype) if self.colours is None else self.colours(image.to(dtype))
+        target = patch_pixels(image, self.patch)[:, -patches.shape[1] :]
         if target.shape != patches.shape:  # broadcasting would give a number, the wrong one
             raise UserError(
                 f"PatchRegression: predictions {tuple(patches.shape)} of patches {tuple(target.shape)}: equal shapes?"

@@ -18,7 +18,7 @@ def dit_dh_names(layers: int, head_layers: int, *, channels: int, head_channels:
         "preprocessor.patches.projection.proj.bias": "s_embedder.proj.bias",
         "trunk.embed.proj.weight": Source("x_embedder.proj.weight", shape=(-1, head_channels or channels, patch, patch)),
         "trunk.embed.proj.bias": "x_embedder.proj.bias",
-        "preprocessor.condition.level.frequency": "t_embedder.W",
+        "preprocessor.condition.level.features.frequency": "t_embedder.W",
         "preprocessor.condition.level.up.{leaf}": "t_embedder.mlp.0.{leaf}",
         "preprocessor.condition.level.down.{leaf}": "t_embedder.mlp.2.{leaf}",
         "preprocessor.condition.label.weight": "y_embedder.embedding_table.weight",

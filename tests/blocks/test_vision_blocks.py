@@ -14,7 +14,8 @@ from l3m_like.core import MetaModel
 from l3m_like.core.errors import UserError
 from l3m_like.data import CaptionedImage
 from l3m_like.data.dataset import Visit
-from l3m_like.layers import MLP, Attention, Pool, TransformerLayer
+from l3m_like.layers import MLP, Attention, Colours, Pool, TransformerLayer
+from l3m_like.losses import PatchRegression
 from l3m_like.training.init import init_specs
 from l3m_like.training.optim.groups import depth_factors, parameter_groups
 
@@ -168,3 +169,26 @@ def test_captions_of_classes() -> None:
         CaptionedImage(**settings, names=["cat"], templates=["a"])
     with pytest.raises(UserError, match="give names"):
         CaptionedImage(**settings, templates=["a {}"])
+
+
+def test_colours_are_taken_out_by_the_model() -> None:
+    """What a ViT sees, and what predicted pixels are compared with, is (pixel in [0, 1] - mean) / std."""
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    settings: dict[str, Any] = {"image_size": 8, "patch": 4, "channels": 3, "dim": 8}
+    torch.manual_seed(0)
+    colours = Colours(mean, std)
+    plain, block = PatchEmbed(**settings).double(), PatchEmbed(**settings, colours=colours).double()
+    for ours, theirs in zip(block.parameters(), plain.parameters(), strict=True):
+        ours.data = theirs.data.normal_()
+    image = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    normed = torch.stack([((image[:, c] + 1) / 2 - mean[c]) / std[c] for c in range(3)], 1)
+    torch.testing.assert_close(block.compute(image), plain.compute(normed))
+    assert not torch.allclose(block.compute(image), plain.compute(image))
+    patches, masked = torch.randn(2, 4, 48, dtype=torch.float64), torch.tensor([[True, False, True, True]] * 2)
+    for normalize in (True, False):
+        found = PatchRegression(4, normalize=normalize, colours=colours).compute(patches, image, masked)
+        torch.testing.assert_close(found, PatchRegression(4, normalize=normalize).compute(patches, normed, masked))
+    with pytest.raises(UserError, match="a number for each channel, std above 0"):
+        Colours(mean, [0.2])
+    with pytest.raises(UserError, match="images have 3 channels, mean and std 1 numbers"):
+        PatchEmbed(**settings, colours=Colours([0.5], [0.2])).double().compute(image)

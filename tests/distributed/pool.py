@@ -17,7 +17,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from typing import Any
 
-IMPORTED = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "l3m_like.training.train")
+IMPORTED = (
+    *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "l3m_like.training.train"),
+    "tests.distributed.imported",
+)
 
 _pools: dict[int, Pool] = {}
 

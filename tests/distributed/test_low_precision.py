@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from l3m_like.config import RunConfig
 from tests.distributed import pool
-from tests.distributed.recorder import experiment
+from tests.distributed.recorder import experiment, whole
 from tests.generate.tiny import CONFIGS, OVERRIDES
 
 
@@ -179,3 +180,64 @@ def test_weights_that_are_multiplied_as_one_lie_together(tied: bool) -> None:
             assert layer.up.weight.data_ptr() == joined[12:].data_ptr()
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def read_in_compute(axes: dict[str, int], forgotten: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """What modules with ``full_precision`` make of their parameters in a bf16 run, what it should be, and their gradients."""
+    from unittest import mock
+
+    from l3m_like.blocks import LogitScale, NoiseLevelEmbed
+    from l3m_like.core import MetaModel
+    from l3m_like.distributed.gradients import local
+    from l3m_like.distributed.mesh import build_mesh
+    from l3m_like.distributed.parallelize import parallelize
+    from l3m_like.layers.embedding import FourierFeatures
+    from l3m_like.training.init import init_specs, initialize, materialize
+
+    mesh = build_mesh(axes)
+    with torch.device("meta"):
+        level = NoiseLevelEmbed(3, 8)
+        scale = LogitScale(14.3, bias=-9.7, stream="logit", writes=["scale", "bias"])
+        part = MetaModel(preprocessor={"level": level, "scale": scale}, stream="image")
+    specs = init_specs(part)
+    with (
+        mock.patch.multiple(LogitScale, full_precision=not forgotten),
+        mock.patch.multiple(FourierFeatures, full_precision=not forgotten),
+    ):
+        parallelize(part, mesh, precision="bf16")
+    materialize(part, torch.device("cpu"))
+    initialize(part, 0, "", specs)
+    masters = {name: whole(p) for name, p in part.named_parameters()}
+    waves: list[Tensor] = []
+    level.level.features.register_forward_hook(lambda module, args, out: waves.append(out.detach()))
+    time = torch.tensor([0.1, 0.9])
+    out = part({"image_time": time, "image_class_id": torch.tensor([0, 3])})
+    assert out["image_level"].dtype == torch.bfloat16  # the matrices are read in it
+    (out["logit_scale"] * 0.37 + out["logit_bias"] * 0.73 + out["image_level"].sum()).sum().backward()
+    angle = 2 * math.pi * (1 - time)[:, None] * masters["preprocessor.level.level.features.frequency"]
+    scale_name, bias_name = ("preprocessor.scale.log_scale", "preprocessor.scale.bias")
+    found = {"wave": waves[0], "scale": out["logit_scale"], "bias": out["logit_bias"]}
+    right = {"wave": torch.cat((angle.sin(), angle.cos()), -1)}
+    right |= {"scale": masters[scale_name][0].exp(), "bias": masters[bias_name][0]}
+    gradients = {name: p.grad for name, p in part.named_parameters() if name in (scale_name, bias_name)}
+    found |= {f"gradient of {name}": whole(grad) for name, grad in gradients.items()}
+    # every rank adds its own
+    right |= {f"gradient of {scale_name}": right["scale"][None] * 0.37 * mesh.dp_size}
+    right |= {f"gradient of {bias_name}": torch.tensor([0.73]) * mesh.dp_size}
+    assert all(local(p).dtype == torch.float32 for p in part.parameters())
+    return {name: (found[name].detach(), value) for name, value in right.items()}
+
+
+@pytest.mark.parametrize("axes", [{}, {"dp_shard": 2}, {"dp_shard": 1, "tp": 2}], ids=str)
+def test_full_precision_is_read_as_stored(axes: dict[str, int]) -> None:
+    for pairs in pool.run(max([1, *axes.values()]), read_in_compute, axes, False):
+        for name, (found, right) in pairs.items():
+            assert found.dtype == torch.float32, name
+            torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("axes", [{}, {"dp_shard": 2}], ids=str)
+def test_full_precision_forgotten_is_seen(axes: dict[str, int]) -> None:
+    for pairs in pool.run(max([1, *axes.values()]), read_in_compute, axes, True):
+        for name, (found, right) in pairs.items():
+            assert (found.to(right.dtype) - right).abs().max() > 1e-4, name

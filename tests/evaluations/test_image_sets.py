@@ -15,10 +15,17 @@ from torch import Tensor
 
 from l3m_like.core.errors import UserError
 from l3m_like.distributed.mesh import build_mesh
-from l3m_like.evaluations import EfficientNetLite0, Inception, SampleQuality
+from l3m_like.evaluations import EfficientNetLite0, Inception, SampleQuality, image_sets
 from l3m_like.evaluations.extractors import Features, resize, to_pixels
-from l3m_like.evaluations.image_sets import InceptionScore, Moments, Statistics, compare, frechet_distance, precision_recall
-from l3m_like.evaluations.pictures import of_dataset
+from l3m_like.evaluations.image_sets import (
+    InceptionScore,
+    Moments,
+    Statistics,
+    compare,
+    described,
+    frechet_distance,
+    precision_recall,
+)
 from l3m_like.evaluations.sample_quality import collect_statistics
 from l3m_like.generate import FlowODE
 from l3m_like.layers.inception import InceptionV3
@@ -240,11 +247,46 @@ def test_worse_pictures_have_a_larger_distance() -> None:
         Statistics(("fidd",))
 
 
-def test_pictures_that_are_normalised_otherwise_are_refused() -> None:
-    from l3m_like.config import RunConfig
-    from tests.generate.tiny import CONFIGS
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_precision_and_recall_do_not_depend_on_the_block(block, monkeypatch) -> None:
+    real, made = rows_of(40, 5), rows_of(30, 5, seed=1, mean=0.5)
+    expected = precision_recall(real, made, 3, ONE)
+    assert 0 < expected[0] < 1 and 0 < expected[1] < 1
+    seen: list[int] = []
+    within = image_sets.distances
+    monkeypatch.setattr(image_sets, "BLOCK", block)
+    monkeypatch.setattr(image_sets, "distances", lambda x, y: seen.append(len(x) * len(y)) or within(x, y))
+    assert precision_recall(real, made, 3, ONE) == expected
+    assert max(seen) <= block * block
 
-    dataset = RunConfig.from_file(CONFIGS / "sit.yaml").instantiate("evals.heldout.data")
-    dataset.process._offset[:], dataset.process._divisor[:] = 0.0, 100.0  # as another mean and std would make them
-    with pytest.raises(UserError, match=r"beyond \[-1, 1\]"):
-        next(of_dataset(dataset, 4, build_mesh({}), 8).batches)
+
+def drawn_of(total: int, batch: int, most: int, rank: int = 0, size: int = 1) -> tuple[Statistics, int]:
+    """Statistics of pictures whose one feature is their number, and the most features that were held."""
+    statistics, held = Statistics(("precision",), most=most), 0
+    numbers = torch.arange(rank, total, size)
+    for rows in numbers.split(batch):
+        features = rows[:, None].double()
+        statistics.add(Features(features, features, features), rows.tolist())
+        held = max(held, len(statistics._kept))
+    statistics.merge(build_mesh({} if size == 1 else {"dp_replicate": size, "dp_shard": 1}), Features(*[torch.zeros(1, 1)] * 3))
+    return statistics, held
+
+
+def drawn_on_ranks(total: int, batch: int, most: int, size: int) -> Tensor:
+    import torch.distributed as dist
+
+    return drawn_of(total, batch, most, dist.get_rank(), size)[0].features
+
+
+def test_a_huge_set_is_drawn_from() -> None:
+    """At most so many features are held, of pictures from everywhere, the same whatever the batches and ranks."""
+    statistics, held = drawn_of(1000, 64, 50)
+    assert held == 50 and statistics.count == 1000
+    chosen = statistics.features[:, 0]
+    assert len(chosen) == 50 and chosen.equal(chosen.sort().values) and 400 < float(chosen.mean()) < 600
+    assert drawn_of(1000, 7, 50)[0].features.equal(statistics.features)
+    for features in on_ranks(2, drawn_on_ranks, 1000, 33, 50, 2):
+        assert features.equal(statistics.features)
+    assert drawn_of(40, 64, 50)[0].features[:, 0].tolist() == list(range(40))  # all, in their order
+    few, _ = drawn_of(40, 64, 50)
+    assert described(few, statistics) == "40 generated, 1000 real (precision and recall: 40 and 50 of them)"

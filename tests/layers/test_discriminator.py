@@ -16,6 +16,7 @@ from l3m_like.core import Frozen
 from l3m_like.core.errors import UserError
 from l3m_like.layers import DiffAugment, PatchDiscriminator, SpectralConv, TimmViT, TokenDiscriminator
 from l3m_like.layers.discriminator import TokenHead
+from l3m_like.layers.timm_vit import IMAGENET
 from tests.parity.rule import check_gradients, check_values, gradients, perturb
 
 DIM, TOKENS = 12, 25
@@ -231,9 +232,8 @@ def test_hidden_layers_are_those_of_timm() -> None:
     hidden = encoder.hidden(image, [0, 2])
     assert hidden.shape == (2, 2, 16, DIM)
     torch.testing.assert_close(F.layer_norm(hidden[:, 1], (DIM,), eps=encoder.model.norm.eps), encoder(image))
-    prepared = ((image + 1) / 2 - torch.tensor(encoder.mean).double().view(3, 1, 1)) / torch.tensor(encoder.std).double().view(
-        3, 1, 1
-    )
+    mean, std = (torch.tensor(numbers, dtype=torch.float64).view(3, 1, 1) for numbers in IMAGENET)
+    prepared = ((image + 1) / 2 - mean) / std
     torch.testing.assert_close(encoder.prepare(image), prepared)
 
 

@@ -139,7 +139,7 @@ def compare(ours: MetaModel) -> None:
     check_values(out.detach(), theirs.detach())
     theirs_of_ours = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in reference.named_parameters()}
     moved = import_state(names, theirs_of_ours)
-    moved.pop("preprocessor.condition.level.frequency")
+    moved.pop("preprocessor.condition.level.features.frequency")
     check_gradients(gradients(ours), moved, vanishing=VANISHING)
 
 

@@ -1,14 +1,17 @@
 """SIGKILL at every named point of a save, in the middle of a step and at random moments, on one rank and on all; then the
-same command again. The losses and the samples of every step must be those of a run that nobody killed."""
+same command again. The losses and the samples of every step must be those of a run that nobody killed; of an autoencoder with
+its discriminator, all that a checkpoint holds."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from l3m_like.config import RunConfig
 from l3m_like.data import MegatronWriter
 from l3m_like.training import checkpoint, report, train, updates
 from tests.distributed.pool import clean_forks
+from tests.distributed.recorder import experiment
 
 STEPS = 9
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,9 +42,16 @@ CONFIG = RunConfig.from_file(ROOT / "configs/experiment/llm.yaml", LLM).to_dict(
 
 
 def _train(
-    folder: Path, rank: int, world_size: int, store: str, kill: tuple[str, int] | None, config: dict[str, Any]
+    folder: Path,
+    rank: int,
+    world_size: int,
+    store: str,
+    kill: tuple[str, int] | None,
+    config: dict[str, Any],
+    fault: Callable[[], None] | None,
 ) -> None:
-    """One process of a run, forked; with ``kill = (point, n)`` it dies when it passes the point for the n-th time."""
+    """One process of a run, forked; with ``kill = (point, n)`` it dies when it passes the point for the n-th time; ``fault``
+    changes the program first."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -62,6 +73,8 @@ def _train(
         return step(self, *args)
 
     updates.Update.step = counted  # type: ignore[method-assign]
+    if fault is not None:
+        fault()
     train.train(RunConfig.from_dict(config | {"run": {"dir": str(folder), "name": "llm"}}))
 
 
@@ -83,13 +96,14 @@ def launch(
     ranks: tuple[int, ...] = (),
     after: float | None = None,
     config: dict[str, Any] = CONFIG,
+    fault: Callable[[], None] | None = None,
 ) -> bool:
     """Run the command once; True if it came to its end. As a launcher does, the other ranks are killed when one has died."""
     context = clean_forks()
     with tempfile.TemporaryDirectory() as place:
         store = os.path.join(place, "store")
         jobs = [
-            context.Process(target=_entry, args=(folder, rank, world_size, store, kill if rank in ranks else None, config))
+            context.Process(target=_entry, args=(folder, rank, world_size, store, kill if rank in ranks else None, config, fault))
             for rank in range(world_size)
         ]
         began = time.monotonic()
@@ -212,6 +226,98 @@ def test_any_data_goes_on_where_it_was(kind: str, tmp_path: Path) -> None:
     assert launch(tmp_path / "other", 1, config=config)
     for ours, theirs in zip(history(tmp_path / "other"), whole, strict=True):
         assert (ours[0], ours[3]) == (theirs[0], theirs[3]) and ours[1] == pytest.approx(theirs[1], rel=1e-8)
+
+
+#: the discriminator learns from step 2 on, and the decoder from it. Saves end before the next step, so that one is there
+AUTOENCODER = experiment(
+    "rae",
+    **{
+        "steps": 4,
+        "precision": "fp32",
+        "log.refs": True,
+        "optim.weight_decay": 0.1,
+        "model.decoder.head.perceptual.model.smallest": 63,
+        "checkpoint.every": 2,
+        "checkpoint.keep_last": 1,
+        "checkpoint.asynchronous": False,
+    },
+).to_dict()
+State = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]
+
+
+def state_of(folder: Path) -> State:
+    """What was logged of each step but times, and every tensor of the last checkpoint."""
+    lines = [json.loads(line) for line in (folder / "llm" / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "data_wait", "images_per_second")
+    steps = [{name: value for name, value in line.items() if name not in timed} for line in lines if "refs" in line]
+    return steps, checkpoint.load_full(folder / "llm" / "checkpoints", 4)
+
+
+def differences(folder: Path, expected: State) -> list[str]:
+    steps, tensors = state_of(folder)
+    assert set(tensors) == set(expected[1])
+    found = [name for name, value in tensors.items() if not torch.equal(value, expected[1][name])]
+    return found if steps == expected[0] else ["metrics.jsonl", *found]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> State:
+    folder = tmp_path_factory.mktemp("autoencoder")
+    assert launch(folder, 2, config=AUTOENCODER)
+    steps, tensors = state_of(folder)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4] and all({"loss/fool", "loss/tell"} <= set(line) for line in steps[1:])
+    for start in ("model/decoder.", "model/critic.", "optim/decoder/", "optim/critic/", "ema/decoder.", "ema/critic."):
+        assert any(name.startswith(start) for name in tensors), start
+    assert any(name.endswith(".u") for name in tensors), "the vectors of spectral norm"
+    return steps, tensors
+
+
+@pytest.mark.parametrize(
+    ("point", "times", "ranks"),
+    [
+        ("mid_step", 7, (1,)),  # in step 4, between the step of the decoder and that of the discriminator
+        *(
+            pytest.param(*where, marks=pytest.mark.slow)
+            for where in (
+                ("mid_step", 6, (0, 1)),  # in step 4, before the decoder's
+                ("mid_step", 3, (0,)),  # in step 2, the first with a discriminator
+                *((point, 2, (0,)) for point in POINTS[:4]),  # of the save after step 4
+                *((point, 1, (0, 1)) for point in POINTS[:2]),  # of the save after step 2
+                ("during_pruning", 1, (0,)),
+            )
+        ),
+    ],
+)
+def test_an_autoencoder_and_its_discriminator(
+    point: str, times: int, ranks: tuple[int, ...], autoencoder: State, tmp_path: Path
+) -> None:
+    """Bitwise: the parameters of both, both optimizers, averages, spectral vectors; every logged number, so every draw too."""
+    assert not launch(tmp_path, 2, (point, times), ranks, config=AUTOENCODER)
+    assert launch(tmp_path, 2, config=AUTOENCODER)
+    assert not differences(tmp_path, autoencoder)
+
+
+def forget(start: str) -> None:
+    """The planted fault: what a checkpoint holds under names that begin so is lost when it is loaded."""
+    resume = train.resume
+
+    def forgetful(checkpointer: Any, where: str, tensors: Any) -> Any:
+        saved = resume(checkpointer, where, tensors)
+        lost = [tensor for name, tensor in tensors.items() if name.startswith(start)]
+        assert lost, start
+        for tensor in lost:
+            tensor.zero_()
+        return saved
+
+    train.resume = forgetful
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["optim/critic/", "optim/decoder/", "model/critic.head.network.score.u", "ema/decoder."])
+def test_lost_state_of_an_autoencoder_is_seen(lost: str, autoencoder: State, tmp_path: Path) -> None:
+    assert not launch(tmp_path, 2, ("mid_step", 7), (1,), config=AUTOENCODER)
+    assert launch(tmp_path, 2, config=AUTOENCODER, fault=functools.partial(forget, lost))
+    assert differences(tmp_path, autoencoder)
 
 
 def test_a_lost_step_is_seen(uninterrupted: dict[int, list[Any]], tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class EmbeddingHead(ReadWriteBlock):
 class LogitScale(ReadWriteBlock):
     """The learned factor on cosines (CLIP), and the learned bias (SigLIP). No matrix, so neither decays.
 
-    Writes  scale [], positive; bias [] if ``writes`` names it; both in the weight's dtype
+    Writes  scale [], positive; bias [] if ``writes`` names it; both at least float32
 
     Args:
         start: of the scale.
@@ -82,6 +82,7 @@ class LogitScale(ReadWriteBlock):
 
     outputs = ("scale", "bias")
     optional_outputs = ("bias",)
+    full_precision = True
 
     def __init__(self, start: float, most: float | None = None, bias: float | None = None, **ports: Any) -> None:
         super().__init__(**ports)
@@ -96,7 +97,8 @@ class LogitScale(ReadWriteBlock):
 
     def compute(self, *, outputs: Sequence[str]) -> dict[str, Tensor]:
         out = {"scale": self.log_scale.squeeze(0).exp()}
-        return out if self.bias is None else out | {"bias": self.bias.squeeze(0)}
+        # a copy, no view: FSDP frees what it gathered
+        return out if self.bias is None else out | {"bias": self.bias.squeeze(0).clone()}
 
     def after_step(self, mesh: Any, skipped: Tensor | None = None) -> None:
         if self.most is not None:

@@ -11,7 +11,7 @@ from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Init, Normal
 from l3m_like.layers.norm import make_norm, norm_spec
-from l3m_like.layers.patch_embed import PatchProjection, sincos_positions
+from l3m_like.layers.patch_embed import Colours, PatchProjection, sincos_positions
 
 POSITIONS = ("sincos", "learned", "none")
 
@@ -32,6 +32,7 @@ class PatchEmbed(ReadWriteBlock):
         norm: of the projected patches before their positions are added: "rms", "layer" or None.
         final_norm: of all tokens after that, likewise (CLIP).
         norm_eps: of both.
+        colours: a ``l3m_like.layers.Colours``, which sees the images first (None: they stay as they are).
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
@@ -49,10 +50,12 @@ class PatchEmbed(ReadWriteBlock):
         norm: str | None = None,
         final_norm: str | None = None,
         norm_eps: float = 1e-6,
+        colours: Colours | None = None,
         **ports: Any,
     ) -> None:
         super().__init__(**ports)
         check_patch(image_size, patch)
+        self.colours = colours
         if positions not in POSITIONS:
             raise UserError(f"PatchEmbed: no positions '{positions}'. {did_you_mean(positions, POSITIONS)}")
         if positions == "sincos" and dim % 4:
@@ -73,7 +76,7 @@ class PatchEmbed(ReadWriteBlock):
                 f"PatchEmbed got images of shape {tuple(image.shape[1:])} but was built for {self.shape}: "
                 "make image_size and channels those of the data."
             )
-        tokens = self.projection(image)
+        tokens = self.projection(image if self.colours is None else self.colours(image))
         if self.norm is not None:
             tokens = self.norm(tokens)
         if self.positions == "sincos":

@@ -22,7 +22,7 @@ EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 
 class Pixels:
-    """A picture -> float32 [channels, size, size].
+    """A picture -> float32 [channels, size, size] in [-1, 1].
 
     Args:
         size: side of the square picture in pixels; one of another size is cut to a square around its middle and resized
@@ -31,12 +31,11 @@ class Pixels:
         flip: mirror left-right with chance 1/2, drawn anew for every sample and epoch.
         crop: takes another part than the middle.
         augment: further changes of the square, in this order.
-        mean, std: one number per channel, for pixels in [0, 1]: (pixel - mean) / std. None: pixels in [-1, 1].
 
     A picture is turned as its EXIF data says; 16 bits become 8; what is transparent becomes white.
 
     Raises:
-        UserError: other channels; ``mean`` and ``std`` that do not fit them; a picture that cannot be decoded.
+        UserError: other channels; a picture that cannot be decoded.
     """
 
     unit = "images"
@@ -48,35 +47,23 @@ class Pixels:
         flip: bool = False,
         crop: RandomResizedCrop | None = None,
         augment: Sequence[Augmentation] = (),
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
     ) -> None:
         if channels not in (1, 3):
             raise UserError(f"channels is {channels}; it is 1 (grey) or 3 (RGB).")
         if size < 1:
             raise UserError(f"size is {size}; it is a number of pixels, at least 1.")
-        if (mean is None) != (std is None):
-            raise UserError("mean and std are given together, or neither.")
-        mean, std = [0.5] * channels if mean is None else mean, [0.5] * channels if std is None else std
-        if not len(mean) == len(std) == channels or min(std) <= 0:
-            raise UserError(f"mean is {list(mean)} and std {list(std)}; each has {channels} numbers (channels), std above 0.")
         self.size = size
         self.channels = channels
         self.flip = flip
         self.crop = crop
         self.augment = tuple(augment)
-        # of pixels 0 .. 255: value / divisor - offset
-        self._divisor = (255 * np.array(std)).astype(np.float32).reshape(channels, 1, 1)
-        self._offset = (np.array(mean) / np.array(std)).astype(np.float32).reshape(channels, 1, 1)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.channels, self.size, self.size
 
     def image_keys(self) -> dict[str, KeySpec]:
-        low, high = -self._offset.max(), (255 / self._divisor - self._offset).max()
-        meaning = f"pixels in [{low:.3g}, {high:.3g}]"
-        return {"image": KeySpec(torch.float32, self.shape, meaning=meaning)}
+        return {"image": KeySpec(torch.float32, self.shape, meaning="pixels in [-1, 1]")}
 
     def check(self) -> None:
         """Nothing to read ahead."""
@@ -103,11 +90,11 @@ class Pixels:
         for place, change in enumerate(self.augment):
             image = change(image, visit.draws(f"augment/{place}"))
         pixels = np.asarray(image, dtype=np.float32).reshape(self.size, self.size, self.channels)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1) / self._divisor - self._offset)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1) / np.float32(127.5) - 1)
 
     def visible(self, array: np.ndarray) -> np.ndarray:
         """uint8 [.., size, size, channels] of what ``array`` made, [.., channels, size, size]: for people to look at."""
-        pixels = np.moveaxis((array + self._offset) * self._divisor, -3, -1)
+        pixels = np.moveaxis((array + 1) * 127.5, -3, -1)
         return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
