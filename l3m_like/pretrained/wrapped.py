@@ -1,4 +1,4 @@
-"""Classes of transformers that ``HFModel`` wraps: their parameters have the published names already."""
+"""Classes that ``HFModel`` (of transformers) and ``TimmViT`` (of timm) wrap: their parameters have published names already."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from l3m_like.blocks.hf_model import HFModel, TiedHead
 from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import walk
 from l3m_like.pretrained.families import Family
+from l3m_like.pretrained.timm_vit import wrapped_timm
 
 #: fields of ``config.json`` in which a folder and the model may differ: they change no output of given weights
 _FREE = re.compile(r"use_cache|initializer_range|max_position_embeddings|\w+_token_id|\w*(dropout|pdrop)\w*")
@@ -26,7 +27,7 @@ def wrapped_family(model: nn.Module) -> Family | None:
     """
     found = [(path, block) for path, block in walk(model) if isinstance(block, HFModel)]
     if not found:
-        return None
+        return wrapped_timm(model)
     if len(found) > 1:
         raise UserError(f"the model has {len(found)} HFModels ({', '.join(path for path, _ in found)}); a folder holds one.")
     path, block = found[0]

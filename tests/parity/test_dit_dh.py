@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from l3m_like.blocks import DiTDH, NoiseLevelEmbed, PatchEmbed, TokenPatchDecode
 from l3m_like.core import MetaModel
 from l3m_like.layers import Attention, ModulatedLayer, SwiGLU, sincos_positions
-from l3m_like.pretrained import NameMap, export_state, import_state
-from l3m_like.pretrained.dit_dh import dit_dh_names
+from l3m_like.pretrained import NameMap, export_state, family, import_state
 
 CLASSES, CHANNELS, SIDE = 5, 12, 4
 TRUNK, HEAD = (32, 2, 2, 40), (64, 2, 4, 56)  # width, layers, heads, hidden width of the MLP
@@ -122,7 +121,7 @@ def ours_of() -> MetaModel:
 
 
 def names_of(model: MetaModel) -> NameMap:
-    return NameMap.of(dit_dh_names(TRUNK[1], HEAD[1], channels=CHANNELS), model)
+    return NameMap.of(family("dit_dh").templates(model), model)
 
 
 def compare(ours: MetaModel) -> None:
