@@ -200,3 +200,51 @@ def test_there_and_back(kind: str, published, tmp_path) -> None:
             mine, there = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / out, source))
             assert {name for name in there if mine.get(name) != there[name]} <= {"pretrained_cfg"}
             shutil.rmtree(source)
+
+
+# ---- parts of published models, other layouts ------------------------------------------------------------------------------
+
+VIT = [*SIZE, "classes=7", "drop_path=0"]
+#: what begins with a published encoder: (kind, family, overrides of vit.yaml)
+ENCODERS = {
+    "clip": (
+        "clip_vision_model",
+        ["+model.preprocessor.bias=false", "+model.preprocessor.final_norm=layer", "model.preprocessor.positions=learned"]
+        + ["+model.preprocessor.norm_eps=1e-5", "+model.trunk.layer.norm_eps=1e-5", "+model.postprocessor.norm_eps=1e-5"]
+        + ["model.trunk.layer.mlp.activation=quick_gelu"],
+    ),
+    "vit_mae": (
+        "vit_mae_encoder",
+        ["positions=sincos", "+model.trunk.layer.norm_eps=1e-12", "+model.postprocessor.norm_eps=1e-12"],
+    ),
+    "timm": (None, []),
+}
+
+
+def features_of(kind: str, theirs: Any, image: Tensor) -> Tensor:
+    with torch.no_grad():
+        if kind == "timm":
+            return theirs.forward_features(image)
+        if kind == "clip":
+            return theirs.vision_model.post_layernorm(theirs.vision_model(image).last_hidden_state)
+        theirs.config.mask_ratio, kept = 0.0, theirs.config.mask_ratio
+        out = theirs.vit(image, noise=torch.arange(4.0).expand(3, 4)).last_hidden_state
+        theirs.config.mask_ratio = kept
+        return out
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoder_with_a_new_head(kind: str, published, tmp_path) -> None:
+    """Fine-tuning: the features are the published model's; the head, for other classes, is drawn as without `init`."""
+    where, theirs = published[kind]
+    family, overrides = ENCODERS[kind]
+    begin = [f"+init.from={where}", *([] if family is None else [f"+init.family={family}"])]
+    with pytest.raises(UserError, match="head.proj.weight|num_classes is 5 there and 7 here"):
+        load(CONFIGS / "vit.yaml", overrides=[*VIT, *overrides, *begin])
+    model = load(CONFIGS / "vit.yaml", dtype="float64", overrides=[*VIT, *overrides, *begin, "+init.random=[head]"]).model
+    image = batch()["image"]
+    with torch.no_grad():
+        data = model({"image": image, "image_mixed": image, "row": torch.arange(3)}, model.inference())
+    check_values(data["image_features"], features_of(kind, theirs, image))
+    fresh = load(CONFIGS / "vit.yaml", dtype="float64", overrides=[*VIT, *overrides]).model
+    assert torch.equal(model.head.proj.weight, fresh.head.proj.weight)
