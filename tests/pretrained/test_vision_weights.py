@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -9,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from l3m_like import load
+from l3m_like.core.errors import UserError
 from l3m_like.core.random import uniform
+from l3m_like.distributed.mesh import build_mesh
+from l3m_like.layers import sincos_positions
 from l3m_like.pretrained.vit import sinusoids
 from l3m_like.training.export import export, import_folder
+from tests.distributed.pool import run as on_ranks
 from tests.parity.rule import check_values, perturb
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "experiment"
@@ -36,6 +41,11 @@ class Kind:
     experiment: str
     overrides: list[str]
     make: Any
+
+
+def timm() -> Any:
+    """Not imported above: other processes import this module."""
+    return importlib.import_module("timm")
 
 
 def made_mae() -> nn.Module:
@@ -72,7 +82,7 @@ KINDS = {
     "timm": Kind(
         "vit",
         [*SIZE, "classes=5", "drop_path=0"],
-        lambda: timm.create_model(
+        lambda: timm().create_model(
             "vit_base_patch16_224", img_size=28, patch_size=14, embed_dim=32, depth=2, num_heads=4, num_classes=5
         ),
     ),
@@ -111,7 +121,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
         perturb(model)
         exact(model)  # with the published positions
         if kind == "timm":
-            timm.models.save_for_hf(model.float(), root / kind, safe_serialization=True)
+            timm().models.save_for_hf(model.float(), root / kind, safe_serialization=True)
         else:
             model.float().save_pretrained(root / kind)
         found[kind] = root / kind, exact(model)
@@ -173,7 +183,7 @@ def start(kind: str, where: Path, *overrides: str) -> Any:
 def reload(kind: str, folder: Path) -> nn.Module:
     """As the class reads its own folders; nothing is missing, and nothing too much."""
     if kind == "timm":
-        return exact(timm.create_model(f"local-dir:{folder}", pretrained=True))
+        return exact(timm().create_model(f"local-dir:{folder}", pretrained=True))
     made = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
     model, info = made.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -242,9 +252,150 @@ def test_an_encoder_with_a_new_head(kind: str, published, tmp_path) -> None:
     with pytest.raises(UserError, match="head.proj.weight|num_classes is 5 there and 7 here"):
         load(CONFIGS / "vit.yaml", overrides=[*VIT, *overrides, *begin])
     model = load(CONFIGS / "vit.yaml", dtype="float64", overrides=[*VIT, *overrides, *begin, "+init.random=[head]"]).model
-    image = batch()["image"]
+    data = batch()
     with torch.no_grad():
-        data = model({"image": image, "image_mixed": image, "row": torch.arange(3)}, model.inference())
-    check_values(data["image_features"], features_of(kind, theirs, image))
+        features = model(data, model.inference())["image_features"]
+    check_values(features, features_of(kind, theirs, data["image"]))
     fresh = load(CONFIGS / "vit.yaml", dtype="float64", overrides=[*VIT, *overrides]).model
     assert torch.equal(model.head.proj.weight, fresh.head.proj.weight)
+
+
+def own_state(theirs: nn.Module) -> dict[str, Tensor]:
+    """An ``Aimv2VisionModel`` under the names of AIMv2's own files."""
+    there = theirs.state_dict()
+    state = {
+        "preprocessor.patchifier.proj.weight": there["embeddings.patch_embed.weight"],
+        "preprocessor.patchifier.proj.bias": there["embeddings.patch_embed.bias"],
+        "preprocessor.patchifier.norm.weight": there["embeddings.rms_norm.weight"],
+        "preprocessor.pos_embed": there["embeddings.position_embedding.weight"][None],
+        "trunk.post_trunk_norm.weight": there["rms_norm.weight"],
+    }
+    for i in range(2):
+        layer, own = f"encoder.layers.{i}", f"trunk.blocks.{i}"
+        state[f"{own}.attn.qkv.weight"] = torch.cat([there[f"{layer}.attention.{x}_proj.weight"] for x in "qkv"])
+        state[f"{own}.attn.proj.weight"] = there[f"{layer}.attention.out_proj.weight"]
+        for name, left in (("norm_1", "rms_norm1"), ("norm_2", "rms_norm2"), ("mlp.fc1", "ffn.gate_proj")):
+            state[f"{own}.{name}.weight"] = there[f"{layer}.{left}.weight"]
+        for name, left in (("mlp.fc3", "ffn.up_proj"), ("mlp.fc2", "ffn.down_proj")):
+            state[f"{own}.{name}.weight"] = there[f"{layer}.{left}.weight"]
+    return {name: value.float().clone() for name, value in state.items()}
+
+
+def test_own_folders_of_aimv2(published, tmp_path) -> None:
+    """Read as safetensors and as an old folder has them; written with the same tensors."""
+    kind = "aimv2_vision_model"
+    theirs, folder, old = published[kind][1], tmp_path / "own", tmp_path / "old"
+    fields = {**VISION, "intermediate_size": 48, "num_channels": 3, "rms_norm_eps": 1e-5, "qkv_bias": False, "use_bias": False}
+    state = own_state(theirs)
+    for where in (folder, old):
+        where.mkdir()
+        (where / "config.json").write_text(json.dumps({"model_type": "aimv2", "architectures": ["AIMv2Model"], **fields}))
+    save_file(state, folder / "model.safetensors")
+    torch.save(state, old / "pytorch_model.bin")
+    same(kind, start(kind, folder), theirs)
+    same(kind, start(kind, old), theirs)
+    import_folder(str(folder), CONFIGS / "aimv2.yaml", tmp_path / "run", KINDS[kind].overrides)
+    export(tmp_path / "run", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == state.keys() and all(torch.equal(written[name], value) for name, value in state.items())
+
+
+class FirstAIM(nn.Module):
+    """The image tower of AIM, with the names of its files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = lambda: nn.LayerNorm(32, eps=1e-6)  # noqa: E731
+        self.preprocessor, self.trunk = nn.Module(), nn.Module()
+        self.preprocessor.patchifier = nn.ModuleDict({"proj": nn.Conv2d(3, 32, 14, 14), "norm": norm()})
+        self.trunk.blocks = nn.ModuleList()
+        for _ in range(2):
+            block = nn.ModuleDict({"norm_1": norm(), "norm_2": norm(), "attn": nn.Module(), "mlp": nn.Module()})
+            for part, maps in (("attn", {"qkv": (32, 96), "proj": (32, 32)}), ("mlp", {"fc1": (32, 128), "fc2": (128, 32)})):
+                for name, sizes in maps.items():
+                    block[part].add_module(name, nn.Linear(*sizes, bias=False))
+            self.trunk.blocks.append(block)
+        self.trunk.post_trunk_norm = norm()
+
+    def forward(self, image: Tensor) -> Tensor:
+        patches: Any = self.preprocessor.patchifier
+        x = patches["norm"](patches["proj"](image).flatten(2).mT)
+        x = x + sincos_positions(2, 2, 32, x.dtype, x.device)
+        for block in self.trunk.blocks:
+            q, k, v = block["attn"].qkv(block["norm_1"](x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            mixed = (q @ k.mT / 8**0.5).softmax(-1) @ v
+            x = x + block["attn"].proj(mixed.transpose(1, 2).flatten(2))
+            x = x + block["mlp"].fc2(nn.functional.gelu(block["mlp"].fc1(block["norm_2"](x))))
+        return self.trunk.post_trunk_norm(x)
+
+
+def test_files_of_aim(tmp_path) -> None:
+    theirs = FirstAIM().double()
+    perturb(theirs)
+    torch.save({**theirs.state_dict(), "head.cls_token": torch.zeros(1, 1, 32)}, tmp_path / "aim.pth")
+    overrides = [*SIZE, "+init.random=[head]"]
+    model = load(CONFIGS / "aimv1.yaml", dtype="float64", overrides=[*overrides, f"+init.from={tmp_path / 'aim.pth'}"]).model
+    image = batch()["image"]
+    with torch.no_grad():
+        found = model({"image": image, "row": torch.arange(3)}, model.inference())["image_features"]
+        check_values(found, theirs(image))
+    precise = [*overrides, "parallel.precision=fp64"]
+    import_folder(str(tmp_path / "aim.pth"), CONFIGS / "aimv1.yaml", tmp_path / "run", precise)
+    said = export(tmp_path / "run", tmp_path / "out.pth")
+    written = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    assert any("training alone is left out: head" in line for line in said)
+    assert all(torch.equal(written[name], value) for name, value in theirs.state_dict().items())
+    assert written.keys() == theirs.state_dict().keys()
+
+
+# ---- meshes, and what does not fit ---------------------------------------------------------------------------------------------
+
+
+def on_a_mesh(folder: Path) -> bool:
+    """On a rank: every parameter is that of one process."""
+    which = KINDS["siglip"]
+    read = [*which.overrides, f"+init.from={folder}"]
+    config = CONFIGS / "siglip.yaml"
+    whole = dict(load(config, overrides=read).model.named_parameters())
+    cut = dict(load(config, overrides=read, mesh=build_mesh({"dp_shard": 2})).model.named_parameters())
+    shards = [p for p in cut.values() if p.to_local().numel() < p.numel()]
+    return len(shards) > 30 and cut.keys() == whole.keys() and all(torch.equal(p.full_tensor(), whole[n]) for n, p in cut.items())
+
+
+def test_two_ranks_read_the_same(published) -> None:
+    assert on_ranks(2, on_a_mesh, published["siglip"][0]) == [True, True]
+
+
+def changed(kind: str, where: Path, folder: Path, **tensors: Tensor | None) -> Path:
+    shutil.copytree(where, folder)
+    state = load_file(folder / "model.safetensors") | tensors
+    save_file({name: value for name, value in state.items() if value is not None}, folder / "model.safetensors")
+    return folder
+
+
+def test_what_does_not_fit_is_named(published, tmp_path) -> None:
+    def refused(words: str, kind: str, where: Path, *overrides: str) -> None:
+        with pytest.raises(UserError, match=words):
+            start(kind, where, *overrides)
+
+    clip, mae = published["clip"][0], published["vit_mae"][0]
+    refused("text_config.num_hidden_layers is 2 there and 3 here; set text_layers: 2", "clip", clip, "text_layers=3")
+    refused("vision_config.hidden_act is quick_gelu there and gelu here", "clip", clip, "activation=gelu")
+    refused(
+        "model_type is siglip there, but the model is another: its mask is causal, where full", "clip", published["siglip"][0]
+    )
+    refused("layer_norm_eps is 1e-12 there and 1e-06 here; set norm_eps", "vit_mae", mae, "norm_eps=1e-6")
+    refused("model_args.num_heads is 4 there and 8 here; set heads: 4", "timm", published["timm"][0], "heads=8")
+    refused(
+        "init.random: 'heads' is nothing in the model that has weights. Did you mean 'head'",
+        "timm",
+        published["timm"][0],
+        "+init.random=[heads]",
+    )
+    lacking = changed("clip", clip, tmp_path / "lacking", **{"visual_projection.weight": None})
+    refused("it holds no 'visual_projection.weight', needed for 'image.head.proj.weight'", "clip", lacking)
+    extra = changed("clip", clip, tmp_path / "extra", **{"visual_projection.bias": torch.zeros(24)})
+    refused("it holds 'visual_projection.bias', for which the model has no place", "clip", extra)
+    places = load_file(mae / "model.safetensors")["decoder.decoder_pos_embed"]
+    other = changed("vit_mae", mae, tmp_path / "other", **{"decoder.decoder_pos_embed": places.roll(8, dims=-1).contiguous()})
+    refused("'decoder.decoder_pos_embed', which is computed here, is another there: numbers differ by up to", "vit_mae", other)
