@@ -388,7 +388,9 @@ class Init:
         [], "Paths of parts that begin with random weights, whatever is there for them (`[head]`: a new head, for fine-tuning)."
     )
     family: str | None = setting(
-        None, "The name map of the folder `from`: `my_module.FAMILY`. null: the one that is known for its model_type."
+        None,
+        "The name map of the folder `from`: your own, `my_module.FAMILY`, or that of a part of what it holds (`vit_mae_encoder`, "
+        "`clip_vision_model`). null: the one that is known for its model_type.",
     )
 
     def problem(self) -> str | None:

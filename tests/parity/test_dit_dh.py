@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from functools import partial
 from pathlib import Path
@@ -194,20 +193,20 @@ def test_file_there_and_back(tmp_path: Path) -> None:
     reference = Published().double()
     tables = {name: state.pop(name) for name in list(state) if "rope" in name or name == "pos_embed"}
     reference.load_state_dict(state)
-    for (kind, (width, _, heads, _)), (name, table) in itertools.product(zip(("enc", "dec"), (TRUNK, HEAD), strict=True), tables.items()):
-        if name.startswith(kind):
-            ones = torch.zeros(1, 1, SIDE**2, width // heads, dtype=torch.float64)
-            ones[..., ::2] = 1  # turned, it is cos and sin by turns
-            right = turned(ones, SIDE)[0, 0]
+    for kind, (width, _, heads, _) in (("enc", TRUNK), ("dec", HEAD)):
+        ones = torch.zeros(1, 1, SIDE**2, width // heads, dtype=torch.float64)
+        ones[..., ::2] = 1  # turned, it is cos and sin by turns
+        for first, table in enumerate(tables[f"{kind}_feat_rope.freqs_{name}"] for name in ("cos", "sin")):
             assert torch.equal(table[:, ::2], table[:, 1::2])
-            check_values(table[:, ::2], right[:, 1::2] if name.endswith("sin") else right[:, ::2])
+            check_values(table[:, ::2], turned(ones, SIDE)[0, 0, :, first::2])
     check_values(tables["pos_embed"][0], sincos_positions(SIDE, SIDE, TRUNK[0], torch.float64, torch.device("cpu")))
-    x, level, y = torch.randn(2, CHANNELS, SIDE, SIDE, dtype=torch.float64), torch.tensor([0.2, 0.9]).double(), torch.tensor([1, 3])
-    model = load(CONFIGS / "dit_dh.yaml", dtype="float64", overrides=[*SIZES, f"+init.parts.generator={tmp_path / 'generator.pt'}"])
-    generator = model.model["generator"]
+    x, level = torch.randn(2, CHANNELS, SIDE, SIDE, dtype=torch.float64), torch.tensor([0.2, 0.9], dtype=torch.float64)
+    y, begin = torch.tensor([1, 3]), f"+init.parts.generator={tmp_path / 'generator.pt'}"
+    generator = load(CONFIGS / "dit_dh.yaml", dtype="float64", overrides=[*SIZES, begin]).model["generator"]
     data = {"image_noised": x, "image_time": 1 - level, "image_class_id": y}
     check_values(generator(data, generator.inference())["image_prediction"].detach(), -reference(x, level, y).detach())
-    torch.save({name: value * 0.9 if "rope" in name else value for name, value in (state | tables).items()}, tmp_path / "other.pt")
+    other = state | {name: value * 0.9 if "rope" in name else value for name, value in tables.items()}
+    torch.save(other, tmp_path / "other.pt")
     with pytest.raises(UserError, match="'enc_feat_rope.freqs_cos', which is computed here, is another there"):
         load(CONFIGS / "dit_dh.yaml", overrides=[*SIZES, f"+init.parts.generator={tmp_path / 'other.pt'}"])
 

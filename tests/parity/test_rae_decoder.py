@@ -110,16 +110,15 @@ NO_LOSSES = ["~updates", "~loss.lpips", "~loss.fool", "~loss.tell"]
 
 def published(reference: AutoencoderRAE) -> dict[str, Tensor]:
     """The decoder's state under the names of the published files."""
-    state = {name: value for name, value in reference.decoder.state_dict().items()} | {
-        "decoder_pos_embed": reference.decoder.decoder_pos_embed
-    }
-    for old, new in (("to_q", "attention.query"), ("to_k", "attention.key"), ("to_v", "attention.value"), ("to_out.0", "output.dense")):
+    state = {**reference.decoder.state_dict(), "decoder_pos_embed": reference.decoder.decoder_pos_embed}
+    attention = {"to_q": "attention.query", "to_k": "attention.key", "to_v": "attention.value", "to_out.0": "output.dense"}
+    for old, new in attention.items():
         state = {name.replace(f"attention.{old}", f"attention.{new}"): value for name, value in state.items()}
     return state
 
 
 def test_file_there_and_back(tmp_path: Path) -> None:
-    """A published decoder, alone or in a whole autoencoder, is the part `decoder` of an experiment; a run's is written likewise."""
+    """A published decoder, alone or in a whole autoencoder, is the part `decoder` of an experiment; a run's is written so too."""
     reference = reference_of(torch.float64)
     perturb(reference.decoder)
     state = published(reference)
