@@ -4,6 +4,8 @@
     python run/convert.py to-hf --run runs/llm --out exported --dtype bf16
     python run/convert.py to-hf --run runs/llm --out exported --step 2000 --ema --max-shard-size 2G
     python run/convert.py to-hf --run runs/tuned --out adapter --adapters
+    python run/convert.py to-hf --run runs/sit_xl2 --out sit.pt
+    python run/convert.py to-hf --run runs/rae_xl --part decoder --out decoder.pt --ema
 
 from-hf is seldom needed: `init.from=FOLDER` in any run reads a folder directly. It may run on many processes (torchrun), each of
 which reads and writes its own shards. to-hf runs in one process, reads a checkpoint of any mesh, and holds one tensor at a time.
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
     there = commands.add_parser("to-hf", help="a run's weights as a Hugging Face folder that transformers loads")
     there.add_argument("--run", required=True, type=Path, help="the run's directory")
-    there.add_argument("--out", required=True, type=Path, help="a new folder")
+    there.add_argument("--out", required=True, type=Path, help="a new folder, or a new file NAME.pt (SiT, DiT^DH, RAE, AIM)")
     there.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
     there.add_argument("--ema", action="store_true", help="the averaged weights")
     there.add_argument(
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     there.add_argument(
         "--family", metavar="NAME", help="a model_type, or my_module.FAMILY (default: that of the folder, else the one that fits)"
     )
+    there.add_argument("--part", metavar="PATH", help="of the model, that is written alone (default: the whole model)")
     args, rest = parser.parse_known_args(argv)  # settings may stand behind options, which argparse alone does not allow
     if args.command == "to-hf" or any(word.startswith("-") for word in rest):
         args, rest = parser.parse_args(argv), []
@@ -80,7 +83,9 @@ def to_hf(args: argparse.Namespace) -> list[str]:
         return export_adapters(args.run, args.out, step=args.step, ema=args.ema, family_name=args.family)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     most = parse_size(args.max_shard_size)
-    return export(args.run, args.out, step=args.step, ema=args.ema, dtype=dtype, most=most, family_name=args.family)
+    return export(
+        args.run, args.out, step=args.step, ema=args.ema, dtype=dtype, most=most, family_name=args.family, part=args.part
+    )
 
 
 def parse_size(written: str) -> int:

@@ -385,8 +385,13 @@ class Init:
     strict: bool = setting(
         True, "Every parameter must be found there, and nothing else. false: what is not keeps its random values; it is printed."
     )
+    random: list[str] = setting(
+        [], "Paths of parts that begin with random weights, whatever is there for them (`[head]`: a new head, for fine-tuning)."
+    )
     family: str | None = setting(
-        None, "The name map of the folder `from`: `my_module.FAMILY`. null: the one that is known for its model_type."
+        None,
+        "The name map of the folder `from`: your own, `my_module.FAMILY`, or that of a part of what it holds (`vit_mae_encoder`, "
+        "`clip_vision_model`). null: the one that is known for its model_type.",
     )
 
     def problem(self) -> str | None:

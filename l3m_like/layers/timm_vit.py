@@ -51,7 +51,8 @@ class TimmViT(nn.Module):
         self.image_size = image_size
         self.resize = resize
         self.colours = Colours(mean, std)
-        self.model = _build(name, dict(arguments or {}))
+        # the head is not used; positions are resampled where images have another size
+        self.model = create(name, {"num_classes": 0, "global_pool": "", "dynamic_img_size": True} | dict(arguments or {}))
         self.dim: int = self.model.embed_dim
         self.patch: int = self.model.patch_embed.patch_size[0]
         self.model.norm = nn.LayerNorm(self.dim, eps=self.model.norm.eps, elementwise_affine=False)
@@ -101,22 +102,25 @@ class TimmViT(nn.Module):
         return spec
 
 
-def _build(name: str, arguments: dict[str, Any]) -> Any:
+def create(name: str, arguments: Mapping[str, Any]) -> Any:
+    """The ``VisionTransformer`` that timm calls ``name``.
+
+    Raises:
+        UserError: timm is not installed, has no such model, or it is no vision transformer.
+    """
     from l3m_like.pretrained.torchvision_ops import allow_torchvision
 
     allow_torchvision()
     try:
         import timm
     except ImportError as error:
-        raise UserError("TimmViT needs the package timm: pip install 'l3m-like[vision]'.") from error
+        raise UserError(f"'{name}' needs the package timm: pip install 'l3m-like[vision]'.") from error
     from timm.models.vision_transformer import VisionTransformer
 
-    # the head is not used; positions are resampled where images have another size
-    settings: dict[str, Any] = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True} | arguments
     try:
-        model = timm.create_model(name, **settings)
+        model = timm.create_model(name, **arguments)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"TimmViT: timm cannot make '{name}' with {arguments}: {error}") from error
+        raise UserError(f"timm cannot make '{name}' with {dict(arguments)}: {error}") from error
     if not isinstance(model, VisionTransformer):
-        raise UserError(f"TimmViT: '{name}' is a {type(model).__name__} of timm, not a VisionTransformer.")
+        raise UserError(f"'{name}' is a {type(model).__name__} of timm, not a VisionTransformer.")
     return model

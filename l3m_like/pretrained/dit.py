@@ -118,5 +118,5 @@ FAMILY = Family(
     normal=normal,
     knobs=KNOBS,
     ignored=(r"pos_embed\.pos_embed",),  # a constant, computed here
-    diffusers=True,
+    layout="diffusers",
 )

@@ -1,40 +1,56 @@
-"""Names of RAE's DiT^DH (``DiTwDDTHead`` in its published files; ``pos_embed`` and the rotary tables are computed here)."""
+"""RAE's DiT^DH (arXiv:2510.11690): ``DiTwDDTHead`` in its published files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l3m_like.blocks import DiTDH, NoiseLevelEmbed, PatchEmbed, TokenPatchDecode
+from l3m_like.core.errors import UserError
+from l3m_like.layers import Attention, ModulatedLayer, SwiGLU
+from l3m_like.pretrained import decoder, vit
+from l3m_like.pretrained.families import Family
 from l3m_like.pretrained.name_map import Source, Templates
 
 
-def dit_dh_names(layers: int, head_layers: int, *, channels: int, head_channels: int | None = None, patch: int = 1) -> Templates:
-    """Names of the generator of ``dit_dh.yaml``: ``layers`` of the trunk and then ``head_layers`` are one list there.
+def _parts(
+    model: nn.Module,
+) -> tuple[tuple[str, PatchEmbed], tuple[str, NoiseLevelEmbed], tuple[str, DiTDH], tuple[str, TokenPatchDecode]]:
+    return (
+        vit.placed(model, PatchEmbed, "preprocessor"),
+        vit.placed(model, NoiseLevelEmbed, "preprocessor"),
+        vit.placed(model, DiTDH, "trunk"),
+        vit.placed(model, TokenPatchDecode, "head"),
+    )
 
-    Args:
-        layers, head_layers: their numbers.
-        channels, patch: of the latent.
-        head_channels: that the head's own embedding sees (None: the same).
-    """
-    names: dict[str, str | Source] = {
-        "preprocessor.patches.projection.proj.weight": Source("s_embedder.proj.weight", shape=(-1, channels, patch, patch)),
-        "preprocessor.patches.projection.proj.bias": "s_embedder.proj.bias",
-        "trunk.embed.proj.weight": Source("x_embedder.proj.weight", shape=(-1, head_channels or channels, patch, patch)),
-        "trunk.embed.proj.bias": "x_embedder.proj.bias",
-        "preprocessor.condition.level.features.frequency": "t_embedder.W",
-        "preprocessor.condition.level.up.{leaf}": "t_embedder.mlp.0.{leaf}",
-        "preprocessor.condition.level.down.{leaf}": "t_embedder.mlp.2.{leaf}",
-        "preprocessor.condition.label.weight": "y_embedder.embedding_table.weight",
-        "trunk.project.{leaf}": "s_projector.{leaf}",
-        "head.norm.weight": "final_layer.norm_final.weight",
-        "head.proj.{leaf}": "final_layer.linear.{leaf}",
-        "head.modulation.proj.{leaf}": "final_layer.adaLN_modulation.1.{leaf}",
+
+def names(model: nn.Module) -> Templates:
+    """Names of the part ``generator`` of ``dit_dh.yaml``. Layers of trunk and head are one list there."""
+    (patches, embed), (condition, _), (trunk, block), (head, _) = _parts(model)
+    channels, wide = embed.shape[0], block.embed.patch
+    table: dict[str, str | Source] = {
+        **vit.patch_names(patches, "s_embedder.proj", embed),
+        f"{trunk}.embed.proj.weight": Source("x_embedder.proj.weight", shape=(-1, channels, wide, wide)),
+        f"{trunk}.embed.proj.bias": "x_embedder.proj.bias",
+        f"{condition}.level.features.frequency": "t_embedder.W",
+        f"{condition}.level.up.{{leaf}}": "t_embedder.mlp.0.{leaf}",
+        f"{condition}.level.down.{{leaf}}": "t_embedder.mlp.2.{leaf}",
+        f"{condition}.label.weight": "y_embedder.embedding_table.weight",
+        f"{trunk}.project.{{leaf}}": "s_projector.{leaf}",
+        f"{head}.norm.weight": "final_layer.norm_final.weight",
+        f"{head}.proj.{{leaf}}": "final_layer.linear.{leaf}",
+        f"{head}.modulation.proj.{{leaf}}": "final_layer.adaLN_modulation.1.{leaf}",
     }
-    for place in range(layers + head_layers):
-        ours = f"trunk.layers.{place}" if place < layers else f"trunk.head_layers.{place - layers}"
+    layers = [f"{trunk}.layers.{i}" for i in range(len(block.layers))]
+    layers += [f"{trunk}.head_layers.{i}" for i in range(len(block.head_layers))]
+    for place, ours in enumerate(layers):
         theirs = f"blocks.{place}"
-        names |= {
+        table |= {
             f"{ours}.norm_1.weight": f"{theirs}.norm1.weight",
-            f"{ours}.mixer.q_proj.{{leaf}}": Source(f"{theirs}.attn.qkv.{{leaf}}", part=0, parts=3),
-            f"{ours}.mixer.k_proj.{{leaf}}": Source(f"{theirs}.attn.qkv.{{leaf}}", part=1, parts=3),
-            f"{ours}.mixer.v_proj.{{leaf}}": Source(f"{theirs}.attn.qkv.{{leaf}}", part=2, parts=3),
+            **vit.fused(f"{ours}.mixer", f"{theirs}.attn.qkv"),
             f"{ours}.mixer.out_proj.{{leaf}}": f"{theirs}.attn.proj.{{leaf}}",
             f"{ours}.norm_2.weight": f"{theirs}.norm2.weight",
             f"{ours}.mlp.gate.{{leaf}}": Source(f"{theirs}.mlp.w12.{{leaf}}", part=0, parts=2),
@@ -42,4 +58,54 @@ def dit_dh_names(layers: int, head_layers: int, *, channels: int, head_channels:
             f"{ours}.mlp.down.{{leaf}}": f"{theirs}.mlp.w3.{{leaf}}",
             f"{ours}.modulation.proj.{{leaf}}": f"{theirs}.adaLN_modulation.1.{{leaf}}",
         }
-    return names
+    return table
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What a generator is; files say none of it.
+
+    Raises:
+        UserError: the model is another.
+    """
+    (_, embed), (_, condition), (_, trunk), _ = _parts(model)
+    found: dict[str, list[Any]] = {}
+    for part in ("layers", "head_layers"):
+        fields = []
+        for at, layer in enumerate(getattr(trunk, part)):
+            known = isinstance(layer, ModulatedLayer) and isinstance(layer.mixer, Attention) and isinstance(layer.mlp, SwiGLU)
+            if not known or not layer.mixer.interleaved or layer.mixer.q_norm is not None or layer.mixer.window is not None:
+                raise UserError(
+                    f"{part} {at} is no ModulatedLayer of Attention (interleaved: true, without qk_norm and window) and SwiGLU."
+                )
+            fields.append({"num_heads": layer.mixer.num_heads, "mlp_dim": layer.mlp.hidden_dim})
+        found = {name: [*found.get(name, []), value] for name, value in decoder.common(fields, "layer").items()}
+    return {
+        "input_size": embed.shape[1],
+        "in_channels": embed.shape[0],
+        "hidden_size": [embed.dim, trunk.project.out_features],
+        "depth": [len(trunk.layers), len(trunk.head_layers)],
+        "num_classes": condition.label.num_embeddings - 1,
+        **found,
+    }
+
+
+def normal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing: files hold tensors alone."""
+    return {}
+
+
+def constants(model: nn.Module) -> dict[str, Tensor]:
+    """The fixed positions, and the cosines and sines that queries and keys are turned by."""
+    (_, embed), _, (_, trunk), _ = _parts(model)
+    place = torch.arange(embed.side**2)
+    places = torch.stack((place // embed.side, place % embed.side)).unsqueeze(1)
+    tables = {"pos_embed": vit.sinusoids(embed.side, embed.dim)}
+    for name, rope in zip(("enc", "dec"), trunk.ropes, strict=True):
+        for kind, table in zip(("cos", "sin"), rope(places, torch.float64), strict=True):
+            # there each number stands beside its copy, here in the other half
+            half = table.squeeze(0)[:, : table.shape[-1] // 2]
+            tables[f"{name}_feat_rope.freqs_{kind}"] = half.repeat_interleave(2, dim=-1)
+    return tables
+
+
+FAMILY = Family("dit_dh", "DiTwDDTHead", names, describe, normal, layout="file", constants=constants)

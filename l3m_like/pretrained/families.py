@@ -8,22 +8,37 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.pretrained.name_map import Templates
 
-#: ``{model_type of a config.json: module}``; a module is imported when its family is asked for, and calls it ``FAMILY``
-MODULES = {
-    name: f"l3m_like.pretrained.{name}"
+_HERE = "l3m_like.pretrained"
+#: ``{model_type of a config.json: path of its family}``; a module is imported when its family is asked for. An export takes the
+#: first that a model is of
+MODELS = {
+    name: f"{_HERE}.{name}.FAMILY"
     for name in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt2", "falcon", "llada")
-} | {"DiTTransformer2DModel": "l3m_like.pretrained.dit", "sit": "l3m_like.pretrained.sit"}
-#: likewise of networks that are parts of a model, and are not exported: ``{model_type: path of the family}``
+} | {
+    "clip": f"{_HERE}.clip.CLIP",
+    "siglip": f"{_HERE}.clip.SIGLIP",
+    "timm": f"{_HERE}.timm_vit.FAMILY",
+    "vit_mae": f"{_HERE}.vit_mae.FAMILY",
+    "aimv2_vision_model": f"{_HERE}.aim.AIMV2_VISION",
+    "aimv2": f"{_HERE}.aim.AIMV2",
+    "aimv1": f"{_HERE}.aim.AIMV1",
+    "DiTTransformer2DModel": f"{_HERE}.dit.FAMILY",
+    "sit": f"{_HERE}.sit.FAMILY",
+    "dit_dh": f"{_HERE}.dit_dh.FAMILY",
+    "rae_decoder": f"{_HERE}.rae.FAMILY",
+}
+#: likewise of networks that are parts of a model, and of parts of published models: no export takes them by itself
 PARTS = {
-    "lpips_vgg": "l3m_like.pretrained.lpips.VGG",
-    "lpips_alex": "l3m_like.pretrained.lpips.ALEX",
-    "AutoencoderKL": "l3m_like.pretrained.autoencoder_kl.FAMILY",
-    "timm": "l3m_like.pretrained.timm_vit.FAMILY",
+    "lpips_vgg": f"{_HERE}.lpips.VGG",
+    "lpips_alex": f"{_HERE}.lpips.ALEX",
+    "AutoencoderKL": f"{_HERE}.autoencoder_kl.FAMILY",
+    "clip_vision_model": f"{_HERE}.clip.CLIP_VISION",
+    "vit_mae_encoder": f"{_HERE}.vit_mae.ENCODER",
 }
 
 
@@ -39,8 +54,13 @@ class Family:
         normal: a ``config.json`` of any age as ``describe`` would write it: old spellings renamed, absent fields filled in.
         knobs: ``{field: the knob of the shipped configs that sets it}``, dots for nested fields; for messages.
         ignored: patterns (regular expressions) of tensors in published files that nobody needs.
-        spellings: ``{pattern: replacement}`` of old names of tensors in published files.
-        diffusers: its folders are written as diffusers names their files.
+        spellings: ``{pattern: replacement}`` of other names of tensors in published files.
+        layout: how it is published: as folders of "transformers", "diffusers" or "timm", or as a "file" of ``torch.save``.
+        reads: other model types of which a folder holds such a model as well (a CLIP holds an image tower).
+        constants: tensors of published files that are computed here: compared when they are read, and written. On the CPU, in
+            float64.
+        free: fields that change no output of given weights: they are written, and not compared.
+        sized_by: ``{field: path of the block that it is about}``: not compared where that one begins with random weights.
     """
 
     model_type: str
@@ -51,7 +71,11 @@ class Family:
     knobs: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     spellings: Mapping[str, str] = field(default_factory=dict)
-    diffusers: bool = False
+    layout: str = "transformers"
+    reads: tuple[str, ...] = ()
+    constants: Callable[[nn.Module], Mapping[str, Tensor]] = lambda model: {}
+    free: tuple[str, ...] = ()
+    sized_by: Mapping[str, str] = field(default_factory=dict)
 
     def templates(self, model: nn.Module) -> Templates:
         """``names`` of ``model``.
@@ -72,14 +96,12 @@ def family(name: str) -> Family:
     Raises:
         UserError: there is none.
     """
-    module, _, attribute = PARTS.get(name, name).rpartition(".")
+    module, _, attribute = (MODELS | PARTS).get(name, name).rpartition(".")
     if not module:
-        if name not in MODULES:
-            raise UserError(
-                f"there is no family for model_type '{name}'. {did_you_mean(name, (*MODULES, *PARTS))} "
-                "One of your own is named by its path: init.family: my_module.FAMILY (docs/add_a_model.md)."
-            )
-        module, attribute = MODULES[name], "FAMILY"
+        raise UserError(
+            f"there is no family for model_type '{name}'. {did_you_mean(name, (*MODELS, *PARTS))} "
+            "One of your own is named by its path: init.family: my_module.FAMILY (docs/add_a_model.md)."
+        )
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
@@ -89,18 +111,24 @@ def family(name: str) -> Family:
     return found
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: nn.Module, *, file: bool = False) -> Family:
     """The first family that ``model`` is of (a Mistral without a window is a Llama).
+
+    Args:
+        file: of those that are published as one file; else of those that are folders.
 
     Raises:
         UserError: none is; with what each of them says.
     """
     refused = []
-    for name in MODULES:
+    for name in MODELS:
+        found = family(name)
         try:
-            family(name).describe(model)
+            found.describe(model)
         except UserError as error:
             refused.append(f"\n  {name}: {error}")
-        else:
-            return family(name)
+            continue
+        if (found.layout == "file") == file:
+            return found
+        refused.append(f"\n  {name}: it is published as a {'folder' if file else 'file (--out NAME.pt)'}.")
     raise UserError(f"the family of this model must be named; it is none of those that are known:{''.join(refused)}")

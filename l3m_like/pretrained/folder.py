@@ -27,12 +27,24 @@ INDEX = "model.safetensors.index.json"
 #: how diffusers calls them
 DIFFUSERS_SINGLE = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+#: of older folders
+PICKLED = "pytorch_model.bin"
 #: of a single file
 STATE_FILES = (".pt", ".pth", ".bin")
+#: what a single file is, and a tensor that says so; the first that it holds counts
+KINDS = (
+    ("dit_dh", "s_embedder.proj.weight"),
+    ("sit", "x_embedder.proj.weight"),
+    ("rae_decoder", "decoder_embed.weight"),
+    ("rae_decoder", "decoder.decoder_embed.weight"),
+    ("aimv2", "trunk.blocks.0.mlp.fc3.weight"),
+    ("aimv1", "trunk.post_trunk_norm.bias"),
+)
 #: what a folder holds beside weights and config.json, as the tokenizers of transformers and its generation read it
 SMALL_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json",
 )  # fmt: skip
 #: as safetensors calls them
 DTYPES = {
@@ -80,8 +92,8 @@ class Folder:
             placed, files = {}, [single]
         else:
             raise UserError(
-                f"{path} holds neither {SINGLE} nor {INDEX}. Other formats are not read: convert them (save_pretrained of "
-                "transformers writes safetensors)."
+                f"{path} holds neither {SINGLE} nor {INDEX} nor {PICKLED}. Other formats are not read: convert them "
+                "(save_pretrained of transformers writes safetensors)."
             )
         self.tensors: dict[str, Stored] = {}
         for file in files:
@@ -112,7 +124,7 @@ class Folder:
             for name in [name for name in self.tensors if re.fullmatch(pattern, name)]:
                 new = re.sub(pattern, replacement, name)
                 self.tensors[new] = self.tensors.pop(name)
-                self._stored[new] = name
+                self._stored[new] = self._stored.pop(name, name)
 
     def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
         """A region of the tensor ``name``, on the CPU, in the dtype of the file."""
@@ -132,13 +144,14 @@ class StateFile(Folder):
 
     Args:
         path: the file.
+        config: of the folder in which it lies (None: the ``args``).
 
     Raises:
         UserError: it cannot be read, or holds something else.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: dict[str, Any] | None = None) -> None:
+        self.path = path if config is None else path.parent
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -150,13 +163,17 @@ class StateFile(Folder):
             raise UserError(f"{path} holds no state dict, neither by itself nor under 'ema' or 'model'.")
         self._state: dict[str, Tensor] = state
         self._stored: dict[str, str] = {}
-        self.config = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
+        self._alone = config is None
+        self.config = dict(vars(args) if isinstance(args, argparse.Namespace) else args) if config is None else config
         self.tensors = {name: Stored(path.name, value.dtype, tuple(value.shape)) for name, value in state.items()}
 
     @property
     def model_type(self) -> str:
-        if {"x_embedder.proj.weight", "final_layer.linear.weight"} <= set(self._state):
-            return "sit"
+        if not self._alone:
+            return super().model_type
+        for kind, name in KINDS:
+            if name in self._state:
+                return kind
         raise UserError(f"{self.path} is of no kind that is known by its names. Name it: init.family.")
 
     def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
@@ -179,10 +196,17 @@ def find_folder(where: str, setting: str, *, download: bool = True) -> Folder | 
             raise FolderMissing(f"{setting} = {where}: there is no such file.")
         return StateFile(path)
     if path.is_dir():
-        return Folder(path) if (path / CONFIG).is_file() else None
+        return _folder(path) if (path / CONFIG).is_file() else None
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", where) and not path.parent.is_dir():
-        return Folder(_of_hub(where, setting, download))
+        return _folder(_of_hub(where, setting, download))
     return None
+
+
+def _folder(path: Path) -> Folder:
+    """The folder, by its safetensors files if it has any."""
+    if (path / PICKLED).is_file() and not any(path.glob("*.safetensors")):
+        return StateFile(path / PICKLED, _json(path / CONFIG))
+    return Folder(path)
 
 
 def _of_hub(name: str, setting: str, download: bool) -> Path:
@@ -190,7 +214,7 @@ def _of_hub(name: str, setting: str, download: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["*.safetensors", INDEX, CONFIG, *SMALL_FILES]
+    patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG, *SMALL_FILES]
     missing = f"{setting} = {name}: no such folder here, and the hub's cache has no such model"
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
@@ -198,7 +222,10 @@ def _of_hub(name: str, setting: str, download: bool) -> Path:
         if not download:
             raise FolderMissing(f"{missing}.") from error
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        path = Path(snapshot_download(name, allow_patterns=patterns))
+        if not any(path.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=[PICKLED])
+        return path
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise FolderMissing(
             f"{missing}; fetching it failed ({type(error).__name__}: {str(error).splitlines()[0]}). Where there is a network, "
@@ -289,6 +316,13 @@ def write_folder(
         total = {"total_parameters": sum(math.prod(shape) for _, shape in tensors.values()), "total_size": sum(sizes.values())}
         placed = {name: file for file, names in files.items() for name in names}
         write_json(path / f"{stem}.safetensors.index.json", {"metadata": total, "weight_map": dict(sorted(placed.items()))})
+
+
+def write_state(path: Path, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a file of ``torch.save``: ``states`` by their names, or the one that has none ("")."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save({name: dict(state) for name, state in states.items()} if "" not in states else dict(states[""]), temporary)
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -42,6 +42,8 @@ class Source:
         copies: templates of other names that hold the same tensor there.
         ones: theirs has so many dimensions of one more in front (a token [1, 1, D] there, [D] here); -1: one less (a scalar).
         stack: theirs is one tensor for each index of our first dimension; the name in braces that stands for the index.
+        split: with ``stack``, ours holds for each index several tensors of theirs of one size, one after the other; what the name
+            ``{part}`` in braces stands for, in their order.
     """
 
     name: str
@@ -53,12 +55,15 @@ class Source:
     copies: tuple[str, ...] = ()
     stack: str | None = None
     ones: int = 0
+    split: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.shape is not None and (self.parts > 1 or self.transpose or self.stack):
             raise UserError(f"Source('{self.name}'): shape goes with none of parts, transpose and stack.")
         if self.ones and (self.parts > 1 or self.transpose or self.stack or self.shape is not None):
             raise UserError(f"Source('{self.name}'): ones goes with none of parts, transpose, stack and shape.")
+        if self.split and (self.parts > 1 or self.transpose or not self.stack):
+            raise UserError(f"Source('{self.name}'): split goes with stack, and with none of parts and transpose.")
         if not 0 <= self.part < self.parts:
             raise UserError(f"Source('{self.name}'): part {self.part} of {self.parts}; parts are counted from 0.")
 
@@ -78,6 +83,8 @@ class Piece:
     index: int | None = None
     #: its first place along ``source.axis`` of theirs
     start: int = 0
+    #: with ``split``: its first place in ours, without the dimension that is stacked
+    offset: int = 0
 
     def region(self, bounds: Bounds) -> tuple[slice, ...]:
         """Where the part ``bounds`` of ours lies in theirs."""
@@ -183,10 +190,13 @@ class NameMap:
         self.pieces[name] = []
         for index in range(shape[0]) if source.stack else (None,):
             filled = dict(values) if index is None else {**values, str(source.stack): str(index)}
-            theirs = source.name.format(**filled)
-            piece = Piece(name, theirs, shape if index is None else shape[1:], source, index)
-            self.theirs.setdefault(theirs, []).append(piece)
-            self.copies.update({copy.format(**filled): theirs for copy in source.copies})
+            whole = shape if index is None else shape[1:]
+            for number, part in enumerate(source.split or ("",)):
+                theirs = source.name.format(**filled, part=part)
+                size = (whole[0] // len(source.split), *whole[1:]) if source.split else whole
+                piece = Piece(name, theirs, size, source, index, offset=number * size[0] if source.split else 0)
+                self.theirs.setdefault(theirs, []).append(piece)
+                self.copies.update({copy.format(**filled): theirs for copy in source.copies})
 
     def _join(self, theirs: str, pieces: list[Piece]) -> None:
         """Put the parts of one tensor of theirs in their order, each after the one before."""
@@ -213,8 +223,16 @@ class NameMap:
         if pieces[0].index is None:
             yield pieces[0], bounds, ()
             return
+        number = len(pieces[0].source.split)
         for place, index in enumerate(range(*bounds[0])):
-            yield pieces[index], bounds[1:], (place,)
+            if not number:
+                yield pieces[index], bounds[1:], (place,)
+            for piece in pieces[index * number : (index + 1) * number]:
+                first, last = bounds[1]
+                low, high = max(first, piece.offset), min(last, piece.offset + piece.shape[0])
+                if low < high:
+                    inner = [(low - piece.offset, high - piece.offset), *bounds[2:]]
+                    yield piece, inner, (place, slice(low - first, high - first))
 
 
 def import_state(names: NameMap, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -231,6 +249,9 @@ def import_state(names: NameMap, theirs: Mapping[str, Tensor]) -> dict[str, Tens
                 raise UserError(f"the checkpoint has no '{piece.theirs}' (needed for '{name}').")
             bounds = [(0, size) for size in piece.shape]
             found.append(piece.turned(theirs[piece.theirs][piece.region(bounds)], bounds))
+        number = len(pieces[0].source.split)
+        if number:
+            found = [torch.cat(found[at : at + number]) for at in range(0, len(found), number)]
         ours[name] = found[0] if pieces[0].index is None else torch.stack(found)
     return ours
 
@@ -255,7 +276,8 @@ def export_tensor(names: NameMap, theirs: str, ours: Mapping[str, Tensor]) -> Te
     for piece in names.theirs[theirs]:
         if piece.ours not in ours:
             raise UserError(f"the model has no '{piece.ours}' (needed for '{theirs}').")
-        parts.append(ours[piece.ours] if piece.index is None else ours[piece.ours][piece.index])
+        part = ours[piece.ours] if piece.index is None else ours[piece.ours][piece.index]
+        parts.append(part[piece.offset : piece.offset + piece.shape[0]] if piece.source.split else part)
     source = names.theirs[theirs][0].source
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=source.axis)
     if source.shape is not None or source.ones:

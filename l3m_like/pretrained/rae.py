@@ -1,41 +1,84 @@
-"""Weight names of RAE's decoders: the published files, and diffusers' ``AutoencoderRAE``."""
+"""RAE's decoders (arXiv:2510.11690): published files, and names in diffusers' ``AutoencoderRAE``. Their layers are MAE's."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from l3m_like.blocks import LatentEmbed, PatchPixels, Transformer
+from l3m_like.pretrained import decoder, vit
+from l3m_like.pretrained.families import Family
 from l3m_like.pretrained.name_map import Templates
 
-#: of a layer, {projection: name} in the published files, and in diffusers where that differs
-_PUBLISHED = {
-    "q_proj": "attention.attention.query",
-    "k_proj": "attention.attention.key",
-    "v_proj": "attention.attention.value",
-    "out_proj": "attention.output.dense",
-}
-_DIFFUSERS = {
-    "q_proj": "attention.to_q",
-    "k_proj": "attention.to_k",
-    "v_proj": "attention.to_v",
-    "out_proj": "attention.to_out.0",
+#: in diffusers
+_ATTENTION = {
+    "attention.attention.query": "attention.to_q",
+    "attention.attention.key": "attention.to_k",
+    "attention.attention.value": "attention.to_v",
+    "attention.output.dense": "attention.to_out.0",
 }
 
 
-def decoder_names(*, diffusers: bool = False, prefix: str = "decoder.") -> Templates:
-    """Names of a decoder that is the part ``LatentEmbed``, ``Transformer``, ``PatchPixels`` (as in ``rae.yaml``).
-
-    Args:
-        diffusers: those of ``AutoencoderRAE``, not those of the published files.
-        prefix: of their names.
-    """
-    ours, theirs = "trunk.layers.{i}", f"{prefix}decoder_layers.{{i}}"
-    attention = _DIFFUSERS if diffusers else _PUBLISHED
+def names(model: nn.Module) -> Templates:
+    """Names in the published files of a decoder: the part ``decoder`` of ``rae.yaml``."""
+    embed, _ = vit.placed(model, LatentEmbed, "preprocessor")
+    trunk, _ = vit.placed(model, Transformer, "trunk")
+    head, _ = vit.placed(model, PatchPixels, "head")
     return {
-        "preprocessor.proj.{leaf}": f"{prefix}decoder_embed.{{leaf}}",
-        "preprocessor.class_token": f"{prefix}trainable_cls_token",
-        f"{ours}.norm_1.{{leaf}}": f"{theirs}.layernorm_before.{{leaf}}",
-        **{f"{ours}.mixer.{name}.{{leaf}}": f"{theirs}.{there}.{{leaf}}" for name, there in attention.items()},
-        f"{ours}.norm_2.{{leaf}}": f"{theirs}.layernorm_after.{{leaf}}",
-        f"{ours}.mlp.up.{{leaf}}": f"{theirs}.intermediate.dense.{{leaf}}",
-        f"{ours}.mlp.down.{{leaf}}": f"{theirs}.output.dense.{{leaf}}",
-        "head.norm.{leaf}": f"{prefix}decoder_norm.{{leaf}}",
-        "head.proj.{leaf}": f"{prefix}decoder_pred.{{leaf}}",
+        f"{embed}.proj.{{leaf}}": "decoder_embed.{leaf}",
+        f"{embed}.class_token": "trainable_cls_token",
+        **vit.old_layers(trunk, "decoder_layers"),
+        f"{head}.norm.{{leaf}}": "decoder_norm.{leaf}",
+        f"{head}.proj.{{leaf}}": "decoder_pred.{leaf}",
     }
+
+
+def diffusers_names(model: nn.Module) -> Templates:
+    """Names in ``AutoencoderRAE``."""
+    found = {}
+    for ours, theirs in names(model).items():
+        for old, new in _ATTENTION.items():
+            theirs = str(theirs).replace(old, new)
+        found[ours] = f"decoder.{theirs}"
+    return found
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What a decoder is; files say none of it.
+
+    Raises:
+        UserError: the model is another.
+    """
+    _, embed = vit.placed(model, LatentEmbed, "preprocessor")
+    _, trunk = vit.placed(model, Transformer, "trunk")
+    _, head = vit.placed(model, PatchPixels, "head")
+    fields = vit.trunk_fields(trunk)
+    decoder.the_eps(fields["layer_norm_eps"], head.norm.eps)
+    return {**fields, "latent_channels": embed.proj.in_features, "image_size": head.image_size, "patch_size": head.patch}
+
+
+def normal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing: files hold tensors alone."""
+    return {}
+
+
+def constants(model: nn.Module) -> dict[str, Tensor]:
+    """The fixed positions."""
+    _, trunk = vit.placed(model, Transformer, "trunk")
+    _, head = vit.placed(model, PatchPixels, "head")
+    return {"decoder_pos_embed": vit.sinusoids(head.image_size // head.patch, trunk.dim, class_token=True)}
+
+
+FAMILY = Family(
+    "rae_decoder",
+    "GeneralDecoder",
+    names,
+    describe,
+    normal,
+    ignored=(r"encoder\..*",),
+    spellings={r"decoder\.(decoder_.*|trainable_cls_token)": r"\1"},  # of a whole autoencoder
+    layout="file",
+    constants=constants,
+)

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from l3m_like.blocks import DiT, PatchEmbed
-from l3m_like.pretrained import decoder, dit
+from l3m_like.pretrained import decoder, dit, vit
 from l3m_like.pretrained.families import Family
 from l3m_like.pretrained.name_map import Source, Templates
 
@@ -26,9 +26,7 @@ def sit_names(*, channels: int, patch: int) -> Templates:
         "preprocessor.condition.time.up.{leaf}": "t_embedder.mlp.0.{leaf}",
         "preprocessor.condition.time.down.{leaf}": "t_embedder.mlp.2.{leaf}",
         "preprocessor.condition.label.weight": "y_embedder.embedding_table.weight",
-        f"{ours}.mixer.q_proj.{{leaf}}": Source(f"{theirs}.attn.qkv.{{leaf}}", part=0, parts=3),
-        f"{ours}.mixer.k_proj.{{leaf}}": Source(f"{theirs}.attn.qkv.{{leaf}}", part=1, parts=3),
-        f"{ours}.mixer.v_proj.{{leaf}}": Source(f"{theirs}.attn.qkv.{{leaf}}", part=2, parts=3),
+        **vit.fused(f"{ours}.mixer", f"{theirs}.attn.qkv"),
         f"{ours}.mixer.out_proj.{{leaf}}": f"{theirs}.attn.proj.{{leaf}}",
         f"{ours}.mlp.up.{{leaf}}": f"{theirs}.mlp.fc1.{{leaf}}",
         f"{ours}.mlp.down.{{leaf}}": f"{theirs}.mlp.fc2.{{leaf}}",
@@ -71,6 +69,12 @@ def templates(model: nn.Module) -> Templates:
     return sit_names(channels=patches.shape[0], patch=patches.projection.patch)
 
 
+def constants(model: nn.Module) -> dict[str, Tensor]:
+    """The fixed positions."""
+    patches = decoder.the_block(model, PatchEmbed)
+    return {"pos_embed": vit.sinusoids(patches.side, patches.dim)}
+
+
 FAMILY = Family(
     model_type="sit",
     architecture="SiT",
@@ -78,5 +82,6 @@ FAMILY = Family(
     describe=describe,
     normal=normal,
     knobs=dit.KNOBS,
-    ignored=("pos_embed",),  # a constant, computed here
+    layout="file",
+    constants=constants,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,25 +55,39 @@ class Fit:
                 into[place].copy_(piece.turned(folder.read(piece.theirs, piece.region(inner)), inner))
 
 
-def fit(model: nn.Module, folder: Folder, family: Family, setting: str, *, strict: bool, without: Sequence[str] = ()) -> Fit:
+def fit(
+    model: nn.Module,
+    folder: Folder,
+    family: Family,
+    setting: str,
+    *,
+    strict: bool,
+    without: Sequence[str] = (),
+    random: Sequence[str] = (),
+) -> Fit:
     """Compare ``model`` (on any device, meta too) with a folder: sizes with ``config.json``, tensors with the files' headers.
 
     Args:
         setting: what named the folder, for messages.
         strict: every difference is an error.
         without: paths of parts that have weights of their own.
+        random: paths of what keeps its random weights, whatever the folder holds for it.
 
     Raises:
         UserError: a difference (``strict``), or nothing fits.
     """
     folder.respell(family.spellings)
-    wrong = _config_differences(model, folder, family)
+    wrong = _config_differences(model, folder, family, random)
     if wrong and strict:
         raise UserError(f"{setting} = {folder.path}: its config.json and the model differ:{_listed(wrong)}")
     names = NameMap.of(family.templates(model), model, strict=False, without=without)
-    wrong_tensors = [f"'{name}' has no place in the name map of {family.model_type}{_own(model, name)}." for name in names.left]
+    anew = tuple(f"{path}." for path in random)
+    left = [name for name in names.left if not name.startswith(anew)]
+    wrong_tensors = [f"'{name}' has no place in the name map of {family.model_type}{_own(model, name)}." for name in left]
     here = []
     for name, pieces in names.pieces.items():
+        if name.startswith(anew):
+            continue
         missing = [piece.theirs for piece in pieces if piece.theirs not in folder.tensors]
         shapes = {t: folder.tensors[t].shape for p in pieces if (t := p.theirs) in folder.tensors}
         other = [t for t, shape in shapes.items() if shape != names.shapes[t]]
@@ -85,14 +99,17 @@ def fit(model: nn.Module, folder: Folder, family: Family, setting: str, *, stric
             wrong_tensors.append(f"'{other[0]}', needed for '{name}', is {shape}.")
         else:
             here.append(name)
-    known = set(names.shapes) | names.tied
+    constants = family.constants(model)
+    wrong_tensors += _other_constants(folder, constants)
+    known = set(names.shapes) | names.tied | set(constants)
     unexpected = [name for name in folder.tensors if name not in known and not family.ignores(name)]
     for name in unexpected:
         near = did_you_mean(name, names.shapes) if len(wrong_tensors) < SHOWN else ""
         wrong_tensors.append(f"it holds '{name}', for which the model has no place. {near}")
     if strict and wrong_tensors:
         raise UserError(
-            f"{setting} = {folder.path} does not fit the model (init.strict: false takes what fits):{_listed(wrong_tensors)}"
+            f"{setting} = {folder.path} does not fit the model (init.random names parts that begin anew; "
+            f"init.strict: false takes what fits):{_listed(wrong_tensors)}"
         )
     if not here:
         raise UserError(f"{setting} = {folder.path}: none of the model's parameters is there.{_listed(wrong_tensors)}")
@@ -109,9 +126,26 @@ def _blocks(bounds: Bounds) -> Iterator[tuple[int, int]]:
         yield from itertools.pairwise([*range(low, high, max(1, BLOCK // row)), high])
 
 
-def _config_differences(model: nn.Module, folder: Folder, family: Family) -> list[str]:
+def _other_constants(folder: Folder, constants: Mapping[str, Tensor]) -> list[str]:
+    """Which of the folder's tensors are not what is computed here in their place."""
+    lines = []
+    for name, value in constants.items():
+        if name not in folder.tensors:
+            continue
+        stored = folder.tensors[name]
+        if stored.shape != tuple(value.shape):
+            lines.append(f"'{name}', which is computed here, is {list(stored.shape)} there and {list(value.shape)} here.")
+            continue
+        there = folder.read(name, tuple(slice(0, size) for size in stored.shape)).to(value.dtype)
+        furthest = float((there - value).abs().max())
+        if not furthest <= max(1e-4, 4 * torch.finfo(stored.dtype).eps):  # they were computed in fp32, some stored in bf16
+            lines.append(f"'{name}', which is computed here, is another there: numbers differ by up to {furthest:.3g}.")
+    return lines
+
+
+def _config_differences(model: nn.Module, folder: Folder, family: Family, random: Sequence[str]) -> list[str]:
     """What ``config.json`` and the model say differently, and the knob that changes it."""
-    if folder.model_type != family.model_type:
+    if folder.model_type not in (family.model_type, *family.reads):
         return [f"model_type is {folder.model_type} there, but the family is {family.model_type}."]
     try:
         ours = _flat(family.describe(model))
@@ -120,6 +154,12 @@ def _config_differences(model: nn.Module, folder: Folder, family: Family) -> lis
     theirs = _flat(family.normal(folder.config))
     if isinstance(folder, StateFile) and not theirs:
         return []  # it says nothing but its tensors
+    anew = {field for field, block in family.sized_by.items() if f"{block}.".startswith(tuple(f"{path}." for path in random))}
+    skipped = {*family.free, *anew}
+    ours, theirs = (
+        {name: value for name, value in fields.items() if skipped.isdisjoint((name, name.partition(".")[0]))}
+        for fields in (ours, theirs)
+    )
     lines = []
     for name, value in ours.items():
         if name not in theirs or theirs[name] != value:

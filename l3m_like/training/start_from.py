@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,7 @@ class Start:
     Attributes:
         setting: that says so, for messages.
         without: paths below ``module`` that have weights of their own.
+        random: paths below ``module`` of what keeps its random weights.
         family: of the folder (None: that of its ``model_type``).
     """
 
@@ -68,6 +69,7 @@ class Start:
     strict: bool
     without: tuple[str, ...] = ()
     family: str | None = None
+    random: tuple[str, ...] = ()
 
     def folder(self, *, download: bool = True) -> Folder | None:
         """The Hugging Face folder; None: it is a run's."""
@@ -76,7 +78,7 @@ class Start:
     def fit(self, folder: Folder) -> Fit:
         """The folder compared with the part, see ``hugging_face.fit``."""
         of = family(self.family) if self.family else wrapped_family(self.module) or family(folder.model_type)
-        return fit(self.module, folder, of, self.setting, strict=self.strict, without=self.without)
+        return fit(self.module, folder, of, self.setting, strict=self.strict, without=self.without, random=self.random)
 
     def load(self) -> Collection[str]:
         """Fill the part's (materialised, sharded) parameters and buffers; the names of those that were there."""
@@ -99,13 +101,14 @@ class Start:
         folder, step = find_checkpoint(self.where, self.setting)
         tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
         tensors |= dict(self.module.named_buffers())
-        tensors = {name: t for name, t in tensors.items() if not name.startswith(tuple(f"{path}." for path in self.without))}
+        apart = tuple(f"{path}." for path in (*self.without, *self.random))
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(apart)}
         left: list[str] = []
         with contextlib.closing(Checkpointer(folder)) as checkpointer:
             stored = checkpointer.dtypes(step)
             lacking = [name for name in stored if name.startswith("model/") and name.endswith(ADAPTERS)]
             lacking = [name.removeprefix("model/") for name in lacking if name.removeprefix("model/") not in tensors]
-            lacking = [name for name in lacking if not name.startswith(tuple(f"{path}." for path in self.without))]
+            lacking = [name for name in lacking if not name.startswith(apart)]
             if lacking:
                 raise UserError(
                     f"{self.setting} = {self.where} was tuned with adapters ('{lacking[0]}' ...), which this model has not: it "
@@ -133,18 +136,30 @@ def starts(model: nn.Module, init: Init) -> list[Start]:
     """What ``init`` fills, the whole model before its parts.
 
     Raises:
-        UserError: a path in ``init.parts`` that is no part of the model.
+        UserError: a path in ``init.parts`` that is no part of the model; one in ``init.random`` without parameters.
     """
+    modules = {name: module for name, module in model.named_modules() if name}
+    for path in init.random:
+        if path not in modules or not any(True for _ in modules[path].parameters()):
+            with_weights = [name for name, module in modules.items() if any(True for _ in module.parameters())]
+            raise UserError(f"init.random: '{path}' is nothing in the model that has weights. {did_you_mean(path, with_weights)}")
+
+    def below(inside: str, paths: Iterable[str]) -> tuple[str, ...]:
+        return tuple(path.removeprefix(f"{inside}.") for path in paths if path.startswith(f"{inside}."))
+
     found = []
     if init.from_ is not None:
-        found.append(Start(model, "", init.from_, "init.from", init.strict, tuple(init.parts), init.family))
+        found.append(
+            Start(model, "", init.from_, "init.from", init.strict, tuple(init.parts), init.family, tuple(init.random))
+        )
+    paths = [name for name, module in modules.items() if isinstance(module, (MetaModel, Frozen, Tower))]
     for path, where in init.parts.items():
-        paths = [name for name, module in model.named_modules() if isinstance(module, (MetaModel, Frozen, Tower)) and name]
         if path not in paths:
             raise UserError(f"init.parts: '{path}' is no part of the model with weights of its own. {did_you_mean(path, paths)}")
-        part = model.get_submodule(path)
-        inner = part.model if isinstance(part, (Frozen, Tower)) else part
-        found.append(Start(inner, path, where, f"init.parts.{path}", init.strict))
+        part = modules[path]
+        inner, inside = (part.model, f"{path}.model") if isinstance(part, (Frozen, Tower)) else (part, path)
+        within = below(inside, init.parts), below(inside, init.random)
+        found.append(Start(inner, path, where, f"init.parts.{path}", init.strict, within[0], random=within[1]))
     return found
 
 

@@ -26,14 +26,14 @@ OVERRIDES = {
 
 def tiny(kind: str, *overrides: str, seed: int = 0) -> Loaded:
     """The model of ``kind`` (an experiment's name) in float64."""
-    loaded = load(CONFIGS / f"{kind}.yaml", dtype="float64", overrides=[*OVERRIDES[kind], *overrides])
+    loaded = load(CONFIGS / f"{kind}.yaml", dtype="float64", overrides=[*OVERRIDES.get(kind, []), *overrides])
     perturb(loaded.model, seed)
     return loaded
 
 
 def save_run(folder: Path, kind: str, *overrides: str, steps: tuple[int, ...] = (2,), precision: str = "fp64") -> Path:
     """A run's directory as training leaves it: weights of seed ``step`` at each step, averaged ones of seed ``100 + step``."""
-    cfg = RunConfig.from_file(CONFIGS / f"{kind}.yaml", [*OVERRIDES[kind], f"parallel.precision={precision}", *overrides])
+    cfg = RunConfig.from_file(CONFIGS / f"{kind}.yaml", [*OVERRIDES.get(kind, []), f"parallel.precision={precision}", *overrides])
     folder.mkdir(parents=True, exist_ok=True)
     cfg.save(folder)
     checkpointer = Checkpointer(folder / "checkpoints", keep_last=len(steps), asynchronous=False)

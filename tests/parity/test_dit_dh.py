@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ import torch.nn.functional as F
 from rule import check_gradients, check_values, gradients, perturb
 from torch import Tensor, nn
 
+from l3m_like import load
 from l3m_like.blocks import DiTDH, NoiseLevelEmbed, PatchEmbed, TokenPatchDecode
 from l3m_like.core import MetaModel
+from l3m_like.core.errors import UserError
 from l3m_like.layers import Attention, ModulatedLayer, SwiGLU, sincos_positions
-from l3m_like.pretrained import NameMap, export_state, import_state
-from l3m_like.pretrained.dit_dh import dit_dh_names
+from l3m_like.pretrained import NameMap, export_state, family, import_state
+from l3m_like.training.export import export
+from tests.generate.tiny import CONFIGS, save_run
 
 CLASSES, CHANNELS, SIDE = 5, 12, 4
 TRUNK, HEAD = (32, 2, 2, 40), (64, 2, 4, 56)  # width, layers, heads, hidden width of the MLP
@@ -122,7 +126,7 @@ def ours_of() -> MetaModel:
 
 
 def names_of(model: MetaModel) -> NameMap:
-    return NameMap.of(dit_dh_names(TRUNK[1], HEAD[1], channels=CHANNELS), model)
+    return NameMap.of(family("dit_dh").templates(model), model)
 
 
 def compare(ours: MetaModel) -> None:
@@ -171,12 +175,40 @@ def test_planted_fault_is_found(fault) -> None:
         compare(model)
 
 
-def test_names_go_there_and_back() -> None:
-    ours = dict(ours_of().named_parameters())
-    names = names_of(ours_of())
-    theirs = export_state(names, ours)
-    assert set(theirs) == {name for name, _ in Published().named_parameters()}
-    assert all(torch.equal(value, ours[name]) for name, value in import_state(names, theirs).items())
+SIZES = [
+    *(f"latent_channels={CHANNELS}", f"latent_size={SIDE}", f"latent_elements={CHANNELS * SIDE**2}", f"classes={CLASSES}"),
+    *(f"{knob}={size}" for knob, size in zip(("dim", "layers", "heads", "mlp_dim"), TRUNK, strict=True)),
+    *(f"{knob}={size}" for knob, size in zip(("head_dim", "head_layers", "head_heads", "head_mlp_dim"), HEAD, strict=True)),
+]
+
+
+def test_file_there_and_back(tmp_path: Path) -> None:
+    """A run's generator as a published file, tables of positions too; the class computes the same, and `init.parts` reads it."""
+    run = save_run(tmp_path / "run", "dit_dh", *SIZES, "evals=null", "sample=null")
+    with pytest.raises(UserError, match=r"DiTwDDTHead has no place for|none of those that are known"):
+        export(run, tmp_path / "whole.pt")
+    said = export(run, tmp_path / "generator.pt", part="generator")
+    assert "DiTwDDTHead" in said[-1] and "'model' and 'ema'" in said[-1]
+    state = torch.load(tmp_path / "generator.pt", weights_only=True)["ema"]
+    reference = Published().double()
+    tables = {name: state.pop(name) for name in list(state) if "rope" in name or name == "pos_embed"}
+    reference.load_state_dict(state)
+    for kind, (width, _, heads, _) in (("enc", TRUNK), ("dec", HEAD)):
+        ones = torch.zeros(1, 1, SIDE**2, width // heads, dtype=torch.float64)
+        ones[..., ::2] = 1  # turned, it is cos and sin by turns
+        for first, table in enumerate(tables[f"{kind}_feat_rope.freqs_{name}"] for name in ("cos", "sin")):
+            assert torch.equal(table[:, ::2], table[:, 1::2])
+            check_values(table[:, ::2], turned(ones, SIDE)[0, 0, :, first::2])
+    check_values(tables["pos_embed"][0], sincos_positions(SIDE, SIDE, TRUNK[0], torch.float64, torch.device("cpu")))
+    x, level = torch.randn(2, CHANNELS, SIDE, SIDE, dtype=torch.float64), torch.tensor([0.2, 0.9], dtype=torch.float64)
+    y, begin = torch.tensor([1, 3]), f"+init.parts.generator={tmp_path / 'generator.pt'}"
+    generator = load(CONFIGS / "dit_dh.yaml", dtype="float64", overrides=[*SIZES, begin]).model["generator"]
+    data = {"image_noised": x, "image_time": 1 - level, "image_class_id": y}
+    check_values(generator(data, generator.inference())["image_prediction"].detach(), -reference(x, level, y).detach())
+    other = state | {name: value * 0.9 if "rope" in name else value for name, value in tables.items()}
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="'enc_feat_rope.freqs_cos', which is computed here, is another there"):
+        load(CONFIGS / "dit_dh.yaml", overrides=[*SIZES, f"+init.parts.generator={tmp_path / 'other.pt'}"])
 
 
 def test_published_grid_of_times() -> None:

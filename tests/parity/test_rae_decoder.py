@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from rule import check_gradients, check_values, gradients, perturb
 from torch import Tensor
 
+from l3m_like import load
 from l3m_like.blocks import LatentEmbed, PatchPixels, Transformer
 from l3m_like.core import MetaModel
+from l3m_like.core.errors import UserError
 from l3m_like.layers import MLP, Attention, TransformerLayer
 from l3m_like.pretrained import NameMap, export_state, import_state
-from l3m_like.pretrained.rae import decoder_names
+from l3m_like.pretrained.rae import diffusers_names
+from l3m_like.training.export import export
+from tests.generate.tiny import CONFIGS, save_run
 
 LATENT, DIM, LAYERS, HEADS, MLP_DIM, PATCH, SIDE = 64, 48, 2, 4, 96, 4, 5
 VANISHING = {"k_proj.bias": "softmax ignores what all keys have in common"}
@@ -51,16 +56,18 @@ def reference_of(dtype: torch.dtype) -> AutoencoderRAE:
     return model
 
 
+def image_of(reference: AutoencoderRAE, code: Tensor) -> Tensor:
+    return 2 * reference._denormalize_image(reference.decoder.unpatchify(reference.decoder(code.flatten(2).mT).logits)) - 1
+
+
 def compare(dtype: torch.dtype, ours: MetaModel) -> None:
-    names = NameMap.of(decoder_names(diffusers=True), ours)
+    names = NameMap.of(diffusers_names(ours), ours)
     reference = reference_of(dtype)
     missing, unexpected = reference.load_state_dict(export_state(names, dict(ours.named_parameters())), strict=False)
     assert not unexpected and not [name for name in missing if name.startswith("decoder.decoder_")]
     code = torch.randn(2, LATENT, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     weight = torch.linspace(-1, 1, 2 * 3 * (SIDE * PATCH) ** 2, dtype=dtype).view(2, 3, SIDE * PATCH, -1)
-    theirs: Tensor = (
-        2 * reference._denormalize_image(reference.decoder.unpatchify(reference.decoder(code.flatten(2).mT).logits)) - 1
-    )
+    theirs = image_of(reference, code)
     (theirs * weight).square().sum().backward()
     out = ours({"image_code": code})["image_reconstruction"]
     (out * weight).square().sum().backward()
@@ -94,11 +101,42 @@ def test_planted_fault_is_found(fault) -> None:
         compare(torch.float64, model)
 
 
-def test_published_names_go_there_and_back() -> None:
-    ours = dict(ours_of(torch.float32).named_parameters())
-    names = NameMap(decoder_names(), ours)
-    theirs = export_state(names, ours)
-    assert theirs["decoder.decoder_layers.1.attention.attention.key.weight"].shape == (DIM, DIM)
-    assert theirs["decoder.trainable_cls_token"].shape == (1, 1, DIM) and len(theirs) == 7 + 16 * LAYERS
-    back = import_state(names, theirs)
-    assert all(torch.equal(back[name], ours[name]) for name in ours)
+SIZES = [
+    *(f"latent_channels={LATENT}", f"dim={DIM}", f"layers={LAYERS}", f"heads={HEADS}", f"mlp_dim={MLP_DIM}", f"patch={PATCH}"),
+    *(f"image_size={SIDE * PATCH}", "channels=3"),
+]
+NO_LOSSES = ["~updates", "~loss.lpips", "~loss.fool", "~loss.tell"]
+
+
+def published(reference: AutoencoderRAE) -> dict[str, Tensor]:
+    """The decoder's state under the names of the published files."""
+    state = {**reference.decoder.state_dict(), "decoder_pos_embed": reference.decoder.decoder_pos_embed}
+    attention = {"to_q": "attention.query", "to_k": "attention.key", "to_v": "attention.value", "to_out.0": "output.dense"}
+    for old, new in attention.items():
+        state = {name.replace(f"attention.{old}", f"attention.{new}"): value for name, value in state.items()}
+    return state
+
+
+def test_file_there_and_back(tmp_path: Path) -> None:
+    """A published decoder, alone or in a whole autoencoder, is the part `decoder` of an experiment; a run's is written so too."""
+    reference = reference_of(torch.float64)
+    perturb(reference.decoder)
+    state = published(reference)
+    torch.save(state, tmp_path / "alone.pt")
+    whole = {f"decoder.{name}": value for name, value in state.items()} | {"encoder.model.weight": torch.zeros(2)}
+    torch.save({"model": whole}, tmp_path / "whole.pt")
+    code = torch.randn(2, LATENT, SIDE, SIDE, dtype=torch.float64)
+    for name in ("alone", "whole"):
+        begin = f"+init={{parts: {{decoder: {tmp_path / name}.pt}}, random: [decoder.head.perceptual]}}"
+        decoder = load(CONFIGS / "rae.yaml", dtype="float64", overrides=[*SIZES, begin]).model["decoder"]
+        found = decoder({"image_latent": code, "row": torch.arange(2)}, decoder.inference())["image_reconstruction"]
+        check_values(found.detach(), image_of(reference, code).detach())
+    with pytest.raises(UserError, match="if head.perceptual has weights of its own, name them in init.parts"):
+        load(CONFIGS / "rae.yaml", overrides=[*SIZES, f"+init.parts.decoder={tmp_path / 'alone.pt'}"])
+    run = save_run(tmp_path / "run", "rae", *SIZES, "evals=null", "~model.decoder.head.perceptual", "~model.critic", *NO_LOSSES)
+    export(run, tmp_path / "decoder.pt", part="decoder", ema=True)
+    written = torch.load(tmp_path / "decoder.pt", weights_only=True)
+    assert {name: value.shape for name, value in written.items()} == {name: value.shape for name, value in state.items()}
+    check_values(written["decoder_pos_embed"], state["decoder_pos_embed"])
+    right = load(run, ema=True).model["decoder"].trunk.layers[1].mixer.k_proj.weight
+    assert torch.equal(written["decoder_layers.1.attention.attention.key.weight"], right)

@@ -14,7 +14,7 @@ from l3m_like.core.errors import UserError
 from l3m_like.pretrained import NameMap, export_state
 from l3m_like.pretrained.sit import SIZES, sit_names
 from l3m_like.pretrained.torchvision_ops import allow_torchvision
-from l3m_like.training.export import export
+from l3m_like.training.export import export, import_folder
 from tests.generate.tiny import CONFIGS, save_run, tiny
 from tests.parity.rule import check_values
 
@@ -119,7 +119,7 @@ def published(tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
     model = tiny("sit", *LATENTS).model.float()
     state = dict(model.named_parameters())
     theirs = {k: v.detach().clone() for k, v in export_state(NameMap(sit_names(channels=4, patch=2), state), state).items()}
-    theirs["pos_embed"] = torch.zeros(1, 16, 48)
+    theirs["pos_embed"] = positions(4, 48).float().unsqueeze(0)
     trained = {name: value + 1 for name, value in theirs.items()}
     args = argparse.Namespace(model="SiT-XL/2", image_size=256, num_classes=1000)
     path = tmp_path_factory.mktemp("published") / "0400000.pt"
@@ -137,6 +137,27 @@ def test_file_of_sit(published, tmp_path) -> None:
         assert all(torch.equal(p, expected[name]) for name, p in found.named_parameters())
     found = load(CONFIGS / "sit.yaml", overrides=[*LATENTS, f"+init={{from: {path}, strict: false}}"]).model
     assert all(torch.equal(p, expected[name]) for name, p in found.named_parameters()), "the averaged weights"
+
+
+def test_file_there_and_back(published, tmp_path) -> None:
+    """Read, written and read: the same bytes, of positions too; and a run's trained and averaged states, each by its name."""
+    source = torch.load(published[0], weights_only=False)["ema"]
+    torch.save(source, tmp_path / "source.pt")
+    import_folder(str(tmp_path / "source.pt"), CONFIGS / "sit.yaml", tmp_path / "start", [*LATENTS, "ema=null"])
+    said = export(tmp_path / "start", tmp_path / "back.pt")
+    state = torch.load(tmp_path / "back.pt", weights_only=True)["model"]
+    assert "SiT" in said[-1] and state.keys() == source.keys()
+    assert all(state[name].dtype == value.dtype and torch.equal(state[name], value) for name, value in source.items())
+    run = save_run(tmp_path / "run", "sit", *LATENTS, "sample=null", "evals=null")
+    export(run, tmp_path / "both.pt")
+    export(run, tmp_path / "averaged.pt", ema=True)
+    both, averaged = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("both", "averaged"))
+    assert set(both) == {"model", "ema"} and all(torch.equal(both["ema"][name], averaged[name]) for name in source)
+    found = load(CONFIGS / "sit.yaml", dtype="float64", overrides=[*LATENTS, f"+init.from={tmp_path / 'both.pt'}"]).model
+    right = load(run, ema=True).model.get_parameter("head.proj.weight")
+    assert torch.equal(found.get_parameter("head.proj.weight"), right)
+    with pytest.raises(UserError, match=r"SiT is published as a file of torch.save: give --out a name that ends in .pt"):
+        export(run, tmp_path / "folder", family_name="sit")
 
 
 @pytest.mark.parametrize(

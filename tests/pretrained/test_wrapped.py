@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 
 import l3m_like
 from l3m_like.blocks import HFModel
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
+from l3m_like.pretrained import NameMap
+from l3m_like.pretrained.wrapped import wrapped_family
 from l3m_like.training.export import export, import_folder
 from tests.distributed.pool import run as on_ranks
 from tests.pretrained.tiny import LLM, publish
@@ -94,6 +97,35 @@ def test_back_are_the_same_files(family: str, dtype: torch.dtype, tmp_path: Path
             assert json.loads(ours.read_text()) == json.loads(path.read_text()), name
         else:
             assert ours.read_bytes() == path.read_bytes(), name
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "Mixtral"])
+def test_experts_that_are_stored_one_by_one(kind: str, tmp_path: Path) -> None:
+    """Stacked in the class, and in Mixtral under another name: read, and written as the same bytes; shards read their part."""
+    import transformers
+
+    sizes = {"num_experts_per_tok": 2, "intermediate_size": 24}
+    sizes |= {"num_experts": 4, "moe_intermediate_size": 24} if kind == "Qwen3Moe" else {"num_local_experts": 4}
+    common = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    made = getattr(transformers, f"{kind}Config")(**common, **sizes, head_dim=8, max_position_embeddings=128)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(made).eval()
+    theirs.save_pretrained(tmp_path / "published")
+    assert any(".experts.3." in name for name in load_file(tmp_path / "published" / "model.safetensors"))
+    cfg = config(tmp_path / "published")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(cfg.to_dict()))
+    import_folder(str(tmp_path / "published"), tmp_path / "tiny.yaml", tmp_path / "start")
+    export(tmp_path / "start", tmp_path / "back")
+    model = l3m_like.load(tmp_path / "start").model
+    found = dict(model.postprocessor.model.named_parameters())
+    assert all(torch.equal(p, found[name]) for name, p in theirs.named_parameters())
+    ours, right = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "published"))
+    assert ours.keys() == right.keys() and all(torch.equal(ours[name], right[name]) for name in right)
+    names = NameMap.of(wrapped_family(model).templates(model), model)
+    name = next(name for name in names.pieces if name.endswith("layers.1.mlp.experts.gate_up_proj"))
+    region = torch.full((2, 30, 10), torch.nan)  # across the border of the two that are joined
+    for piece, inner, place in names.reads(name, [(1, 3), (10, 40), (5, 15)]):
+        region[place] = right[piece.theirs][piece.region(inner)]
+    assert torch.equal(region, found[name.removeprefix("postprocessor.model.")][1:3, 10:40, 5:15])
 
 
 def test_what_differs_is_named_before_weights_are_read(folder: Path) -> None:
