@@ -395,6 +395,7 @@ DECODERS = {
     "compiled": _decoder_variant(compiled="model"),
     "stock": _decoder_variant(compiled="model", stock=True, attention=()),
     "compiled-flash": _decoder_variant(compiled="model", attention=_FLASH),
+    "layers": _decoder_variant(compiled="layers"),
     "liger-compiled": _decoder_variant("liger_kernel", compiled="layers", liger=True),
     "liger": _decoder_variant("liger_kernel", liger=True),
     "eager": _decoder_variant(default=False),
