@@ -18,7 +18,7 @@ from torch import Tensor
 
 from l3m_like.kernels.launch import HAS_TRITON, jit, tl
 
-_BLOCK = 4096
+_BLOCK = 1024
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_error_in_bf16(backend: str, kind: str) -> None:
 @pytest.fixture
 def in_one_order() -> Iterator[None]:
     """The backwards of varlen and of masked SDPA otherwise sum by atomic additions, in the order of arrival."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
