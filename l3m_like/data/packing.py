@@ -312,7 +312,7 @@ class FitPack(TokenPack):
         cost: what a document costs; with ``max_cost``, rows also close at that sum, so that they balance compute and not only
             tokens. A document that alone costs more is too long.
         too_long: what happens to a document of more than ``length`` tokens: ``error``, ``drop`` (it is noted in the ledger) or
-            ``split`` (into parts of ``length``, each a document of its own; they all wait in the buffer).
+            ``split`` (into parts of ``length``, each a document of its own; behind one part, the rest waits with the others).
 
     Raises:
         UserError: an unknown word, or ``cost`` and ``max_cost`` not both given.
@@ -359,31 +359,34 @@ class FitPack(TokenPack):
         return None
 
     def next(self, state: State, draw: Draw, fetch: Fetch) -> tuple[list[Piece], State]:
-        waiting = list(state["waiting"])  # [source, k, start, stop, cost], longest wait first
-        chosen: list[list[Any]] = []
+        # [source, k, start, stop, cost of the next part], longest wait first
+        waiting = list(state["waiting"])
+        chosen: list[Piece] = []
         room, money = self.length, float("inf") if self.max_cost is None else self.max_cost
         while len(chosen) < self.max_documents:
             while len(waiting) < self.buffer and (drawn := draw()) is not None:
-                waiting += self._parts(*drawn)
-            fitting = [i for i, entry in enumerate(waiting) if _size(entry) <= room and entry[4] <= money]
+                waiting.append(self._entry(*drawn, 0))
+            fitting = [i for i, entry in enumerate(waiting) if self._size(entry) <= room and entry[4] <= money]
             if not fitting:
                 break
             # among equals the earlier
-            best = fitting[0] if not chosen or self.fit == "first" else max(fitting, key=lambda i: _size(waiting[i]))
+            best = fitting[0] if not chosen or self.fit == "first" else max(fitting, key=lambda i: self._size(waiting[i]))
             entry = waiting.pop(best)
-            chosen.append(entry)
-            room, money = room - _size(entry), money - entry[4]
-        pieces = [Piece(fetch((name, k)), start, stop) for name, k, start, stop, _ in chosen]
-        return pieces, {"waiting": waiting}
+            name, k, start, stop, cost = entry
+            piece = Piece(fetch((name, k)), start, start + self._size(entry))
+            chosen.append(piece)
+            room, money = room - self._size(entry), money - cost
+            if piece.stop < stop:
+                waiting.append(self._entry((name, k), piece.item, piece.stop))
+        return chosen, {"waiting": waiting}
 
-    def _parts(self, ref: Ref, item: Item) -> list[list[Any]]:
-        """The whole document, or its parts of at most ``length`` tokens."""
-        spans = [(start, min(item.size, start + self.length)) for start in range(0, max(item.size, 1), self.length)]
-        return [[*ref, *span, 0.0 if self.cost is None else self.cost.of(item, span[1] - span[0])] for span in spans]
+    def _entry(self, ref: Ref, item: Item, start: int) -> list[Any]:
+        """A document from ``start`` on."""
+        return [*ref, start, item.size, 0.0 if self.cost is None else self.cost.of(item, min(item.size - start, self.length))]
 
-
-def _size(entry: Sequence[Any]) -> int:
-    return entry[3] - entry[2]
+    def _size(self, entry: Sequence[Any]) -> int:
+        """Tokens of the next part."""
+        return min(entry[3] - entry[2], self.length)
 
 
 class OnePerRow(TokenPack):

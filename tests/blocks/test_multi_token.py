@@ -95,6 +95,15 @@ def test_is_the_formula() -> None:
     assert model.postprocessor.head.weight is model.head.proj.weight
 
 
+def test_a_state_before_the_final_norm_is_found() -> None:
+    """As if the layer were given the trunk's output itself."""
+    model, data = model_of(), rows()
+    total, _ = by_formula(model, data)
+    model.postprocessor.final_norm = torch.nn.Identity()
+    found = model(data)["text_ahead_nll"].sum()
+    assert (found - total).abs() > 1e-3 * total
+
+
 def test_documents_do_not_see_each_other() -> None:
     model, data = model_of(), rows()
     changed = data | {"text_ids": data["text_ids"].clone()}

@@ -830,3 +830,19 @@ def test_few_shards_are_said(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == [
         "shards has 5 shards for 10 lanes, so each is read 2 times over. Set data.lanes: 5 or less, or write more shards."
     ]
+
+
+def test_a_huge_document_waits_as_one(tmp_path: Path) -> None:
+    """Of 94 parts a state says where the next begins, and no more; others come in between, and no byte is lost."""
+    path = tmp_path / "huge.jsonl"
+    texts = ["z" * 3000, *(letter * 20 for letter in "abcdefgh")]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pack = FitPack(32, buffer=4, too_long="split")
+    dataset = Dataset(JsonLines(str(path)), Tokenize("bytes", vocab_size=257), pack, shuffle=False)
+    loader = Loader(dataset, seed=7, global_batch=1, micro_batch=1, prefetch=0, epochs=1)
+    steps = [loader.next_step() for _ in range(loader.total_steps)]
+    assert max(len(step.state["0"]["pack"]["waiting"]) for step in steps) <= 4
+    rows = torch.cat([step.micro[0]["text_ids"][step.micro[0]["text_document_ids"] >= 0] for step in steps])
+    found = bytes(token for token in rows.tolist() if token != 256).decode()
+    assert sorted(found) == sorted("".join(texts))
+    assert all(letter in found[:1000] for letter in "abcdefgh")

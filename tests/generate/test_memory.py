@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from l3m_like.data import Tokenize
 from l3m_like.generate import Autoregressive, MaskedDiffusion, harness
+from l3m_like.training.load import Loaded
 from tests.generate.tiny import OVERRIDES, tiny
 
 BYTES = Tokenize("bytes", vocab_size=257)
@@ -37,9 +38,13 @@ def most(run) -> int:
     return rows.most
 
 
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return tiny("llm")
+
+
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
-def test_of_a_prompt_the_last_token_has_logits(cache) -> None:
-    loaded = tiny("llm")
+def test_of_a_prompt_the_last_token_has_logits(loaded, cache) -> None:
     sampler = Autoregressive(PROMPTS, 2, greedy=True, cache=cache)
     assert most(lambda: sampler.run(loaded.model, process=BYTES)) == WIDTH
 
@@ -51,8 +56,7 @@ def test_of_masks_those_of_the_window_have_logits(kind) -> None:
     assert most(lambda: sampler.run(loaded.model, process=BYTES)) == 2 * 16
 
 
-def test_likelihoods_of_long_texts(monkeypatch) -> None:
-    loaded = tiny("llm")
+def test_likelihoods_of_long_texts(loaded, monkeypatch) -> None:
     asked = [SimpleNamespace(args=(text,)) for text in PROMPTS]
     asking = harness.Harness(loaded.model, BYTES, max_length=64, batch=2)
     whole = asking.loglikelihood_rolling(asked)
