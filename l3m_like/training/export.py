@@ -254,8 +254,8 @@ def _names(of: Family, model: nn.Module, whole: WholeTensors, inside: str = "") 
     lost = [name for name in lost if not name.startswith(tuple(f"{path}." for path in behind))]
     if lost:
         raise UserError(
-            f"{of.architecture} has no place for '{lost[0]}', one of {len(lost)} such tensors of {whole.path}; --part names "
-            "one part, to be written alone."
+            f"{of.architecture} has no place for '{lost[0]}', one of {len(lost)} such tensors of {whole.path}; --family names "
+            "another family, --part a part that is written alone."
         )
     return names, [f"what serves training alone is left out: {', '.join(behind)}"] if behind else []
 
