@@ -3,10 +3,13 @@
     python run/evaluate_images.py runs/sit runs/sit:heldout --ema num_samples=1000 guidance=1
     python run/evaluate_images.py samples/ imagenet.npz --extractor inception --weights pt_inception-2015-12-05-6726825d.pth
     torchrun --nproc-per-node 2 -- run/evaluate_images.py runs/sit runs/sit:train --samples 10000
+    python run/evaluate_images.py runs/sit:train:gaussians runs/sit:heldout --judge runs/vit
 
 Each of the two sets is a run's directory (its samples), RUN:NAME or CONFIG.yaml:NAME (pictures of its dataset `train` or of its
-evaluation NAME), a folder of pictures, or an .npz file of uint8 [N, H, W, 3]. What follows the options are settings of the run's
-sampler. Published FIDs are of 50,000 samples with `--extractor inception`; those of other extractors compare with each other.
+evaluation NAME; with `:gaussians`, independent pixels with the mean and deviation that they have in each class, as a baseline),
+a folder of pictures, or an .npz file of uint8 [N, H, W, 3]. What follows the options are settings of the run's sampler. A judge
+is the run of a classifier, which says how many of the generated pictures show their class. Published FIDs are of 50,000 samples
+with `--extractor inception`; those of other extractors compare with each other.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, metavar="N", help="pictures of each set at most (of a run: how many it makes)")
     parser.add_argument("--step", type=int, help="of a run's checkpoint (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="a run's averaged weights")
+    parser.add_argument("--judge", metavar="RUN", help="of a classifier: adds class_accuracy, of the generated set")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default: 64)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON too")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of a run's sampler")
@@ -52,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     from l3m_like import evaluations
+    from l3m_like.core.errors import UserError
     from l3m_like.distributed.mesh import build_mesh
     from l3m_like.evaluations.image_sets import Statistics, compare
+    from l3m_like.evaluations.judge import Judge, JudgedAccuracy
     from l3m_like.evaluations.sample_quality import collect_statistics
 
     mesh = build_mesh({})
@@ -61,13 +67,20 @@ def evaluate(args: argparse.Namespace) -> int:
     extractor.check()
     metrics = args.metrics.split(",")
     Statistics(metrics)
-    found = []
-    for written in (args.made, args.real):
-        those = pictures(written, args, mesh)
-        found.append(collect_statistics(those.batches, extractor, Statistics(metrics, those.count), mesh))
-    made, real = found
+    generated, others = (pictures(written, args, mesh) for written in (args.made, args.real))
+    accuracy = None
+    if args.judge is not None:
+        if generated.label is None:
+            raise UserError(f"--judge: the classes of {args.made} are not known; those of a run's samples and of datasets are.")
+        accuracy = JudgedAccuracy(Judge(args.judge), generated.label)
+        accuracy.judge.check()
+    batches = generated.batches if accuracy is None else accuracy.watch(generated.batches)
+    made = collect_statistics(batches, extractor, Statistics(metrics, generated.count), mesh)
+    real = collect_statistics(others.batches, extractor, Statistics(metrics, others.count), mesh)
     values = compare(real, made, metrics, 3, mesh)
     result = {**values, "generated": made.count, "real": real.count, "extractor": extractor.name}
+    if accuracy is not None:
+        result |= {"class_accuracy": accuracy.result(mesh), "judge": accuracy.judge.name}
     if max(made.count, real.count) > made.most and made.keeps:
         result["features held"] = made.most
     if mesh.is_main:
@@ -84,16 +97,19 @@ def pictures(written: str, args: argparse.Namespace, mesh: Any) -> Any:
     from l3m_like import load
     from l3m_like.config import RunConfig
     from l3m_like.core.errors import UserError, did_you_mean
-    from l3m_like.evaluations.pictures import Pictures, of_dataset, of_files
+    from l3m_like.evaluations.pictures import Pictures, of_dataset, of_files, of_gaussians
 
-    path, _, name = written.partition(":")
+    path, name, kind = (*written.split(":"), "", "")[:3]
     config = Path(path) / "config.yaml" if Path(path).is_dir() else Path(path)
     if name:
         cfg = RunConfig.from_file(config)
         places = {"train": "data.train"} | {n: f"evals.{n}.data" for n, e in cfg.evals.items() if e.data is not None}
         if name not in places:
             raise UserError(f"{written}: there is no such data. {did_you_mean(name, places)}")
-        return of_dataset(cfg.instantiate(places[name]), args.batch, mesh, args.samples)
+        if kind not in ("", "gaussians"):
+            raise UserError(f"{written}: after the name of the data stands nothing or 'gaussians', not '{kind}'.")
+        make = of_gaussians if kind else of_dataset
+        return make(cfg.instantiate(places[name]), args.batch, mesh, args.samples)
     if not config.is_file() or config.suffix != ".yaml":
         return of_files(Path(path), args.batch, mesh, args.samples)
     overrides = [f"sample.{setting}" for setting in args.settings]
@@ -102,7 +118,7 @@ def pictures(written: str, args: argparse.Namespace, mesh: Any) -> Any:
     sampler = loaded.config.instantiate("sample")
     if not hasattr(sampler, "chunks"):
         raise UserError(f"{written}: its sampler, {type(sampler).__name__}, makes no pictures.")
-    return Pictures(sampler.num_samples, sampler.chunks(loaded.model, mesh))
+    return Pictures(sampler.num_samples, sampler.chunks(loaded.model, mesh), getattr(sampler, "label", None))
 
 
 if __name__ == "__main__":

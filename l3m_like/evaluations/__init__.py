@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "evaluation": ["Evaluation", "Findings"],
         "extractors": ["EfficientNetLite0", "Inception"],
+        "judge": ["Judge"],
         "probes": ["NearestNeighbours", "LinearProbe", "AttentiveProbe"],
         "reconstruction": ["Reconstruction"],
         "sample_grid": ["SampleGrid"],

@@ -15,12 +15,14 @@ from l3m_like.distributed.mesh import Mesh
 from l3m_like.evaluations.evaluation import Findings
 from l3m_like.evaluations.extractors import Extractor, Features
 from l3m_like.evaluations.image_sets import MOST, Statistics, compare, described
+from l3m_like.evaluations.judge import Judge, JudgedAccuracy
 from l3m_like.evaluations.pictures import Batches, of_dataset
 from l3m_like.evaluations.sample_grid import changed, check_sampler
 
 
 class SampleQuality:
-    """FID, sFID, inception score, precision and recall of the run's samples against the pictures of ``data``.
+    """FID, sFID, inception score, precision and recall of the run's samples against the pictures of ``data``; with a judge,
+    also the share of samples in which it sees the class that was asked for (``class_accuracy``).
 
     Published FIDs are of 50,000 samples against the training set, with the ``Inception`` extractor; the FID of fewer samples is
     larger. The statistics of the real pictures are computed once.
@@ -36,6 +38,7 @@ class SampleQuality:
         neighbours: of precision and recall.
         splits: of the inception score.
         batch: real pictures at a time.
+        judge: of the samples' classes.
 
     Raises:
         UserError: a metric or setting that there is not; a sampler of something else.
@@ -53,11 +56,16 @@ class SampleQuality:
         neighbours: int = 3,
         splits: int = 10,
         batch: int = 64,
+        judge: Judge | None = None,
     ) -> None:
         self.sampler = changed(sampler, settings or {})
         if not hasattr(self.sampler, "chunks"):
             raise UserError(f"SampleQuality: {type(self.sampler).__name__} is no sampler of images (FlowODE, FlowSDE).")
-        self.data, self.extractor, self.metrics = data, extractor, tuple(metrics)
+        if judge is not None and not hasattr(self.sampler, "label"):
+            raise UserError(
+                f"SampleQuality: {type(self.sampler).__name__} does not say which classes its samples are of: no judge."
+            )
+        self.data, self.extractor, self.metrics, self.judge = data, extractor, tuple(metrics), judge
         if most <= neighbours:
             raise UserError(f"SampleQuality: most is {most}; it must be above neighbours ({neighbours}).")
         self.limit, self.neighbours, self.splits, self.batch, self.most = real, neighbours, splits, batch, most
@@ -67,15 +75,23 @@ class SampleQuality:
     def check(self, model: nn.Module) -> None:
         check_sampler(self.sampler, model)
         self.extractor.check()
+        if self.judge is not None:
+            self.judge.check()
 
     def evaluate(self, model: nn.Module, *, mesh: Mesh, step: int, seed: int, folder: Path) -> Findings:
         if self._real is None:
             pictures = of_dataset(self.data, self.batch, mesh, self.limit)
             self._real = collect_statistics(pictures.batches, self.extractor, Statistics(self.metrics, most=self.most), mesh)
         made = Statistics(self.metrics, self.sampler.num_samples, self.splits, self.most)
-        made = collect_statistics(self.sampler.chunks(model, mesh), self.extractor, made, mesh)
+        batches = self.sampler.chunks(model, mesh)
+        accuracy = None if self.judge is None else JudgedAccuracy(self.judge, self.sampler.label)
+        made = collect_statistics(batches if accuracy is None else accuracy.watch(batches), self.extractor, made, mesh)
         values = compare(self._real, made, self.metrics, self.neighbours, mesh)
-        return Findings(values, notes={"extractor": self.extractor.name, "pictures": described(made, self._real)})
+        notes = {"extractor": self.extractor.name, "pictures": described(made, self._real)}
+        if accuracy is not None:
+            values["class_accuracy"] = accuracy.result(mesh)
+            notes["judge"] = accuracy.judge.name
+        return Findings(values, notes=notes)
 
 
 def collect_statistics(batches: Batches, extractor: Extractor, into: Statistics, mesh: Mesh) -> Statistics:

@@ -152,7 +152,7 @@ class FlowSampler:
         for rows, images, count in self.chunks(model, mesh):
             found |= dict(zip(rows, images.cpu(), strict=True)) if count else {}
         assert self.labels is not None
-        every = torch.tensor([self._label(row) for row in range(self.num_samples)])
+        every = torch.tensor([self.label(row) for row in range(self.num_samples)])
         return Images(torch.stack(collect(found, mesh)), every, columns=min(len(self.labels), self.num_samples, 10))
 
     def chunks(self, model: nn.Module, mesh: Mesh | None = None) -> Iterator[tuple[list[int], Tensor, bool]]:
@@ -167,7 +167,7 @@ class FlowSampler:
                 # the last chunk is filled up, so that all have one shape and a compiled model has one graph
                 full = rows + rows[-1:] * (min(self.batch, share) - len(rows))
                 row = torch.tensor(full, device=graph.device)
-                labels = torch.tensor([self._label(number) for number in full], device=graph.device)
+                labels = torch.tensor([self.label(number) for number in full], device=graph.device)
                 # the state stays in float32 under a bf16 model: it sums many small steps
                 noise = self.noise(row, torch.promote_types(graph.dtype, torch.float32))
                 images = self.integrate(self.predict(graph, labels), noise, row, mesh)
@@ -238,7 +238,8 @@ class FlowSampler:
     def _key(self, port: str) -> str:
         return f"{self.stream}_{port}"
 
-    def _label(self, row: int) -> int:
+    def label(self, row: int) -> int:
+        """The class of the sample with this number."""
         assert self.labels is not None
         return self.labels[row % len(self.labels)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from l3m_like.core.errors import UserError
 from l3m_like.distributed.mesh import build_mesh
-from l3m_like.evaluations import EfficientNetLite0, Inception, SampleQuality, image_sets
+from l3m_like.evaluations import EfficientNetLite0, Inception, Judge, SampleQuality, image_sets
 from l3m_like.evaluations.extractors import Features, resize, to_pixels
 from l3m_like.evaluations.image_sets import (
     InceptionScore,
@@ -26,6 +28,8 @@ from l3m_like.evaluations.image_sets import (
     frechet_distance,
     precision_recall,
 )
+from l3m_like.evaluations.judge import JudgedAccuracy
+from l3m_like.evaluations.pictures import of_dataset, of_gaussians
 from l3m_like.evaluations.sample_quality import collect_statistics
 from l3m_like.generate import FlowODE
 from l3m_like.layers.inception import InceptionV3
@@ -200,16 +204,18 @@ class Corners:
 
 
 def quality_on(run: Any, axes: dict[str, int], batch: int) -> dict[str, float]:
-    """Of a tiny run's samples against the held-out pictures."""
+    """Of a tiny run's samples against the held-out pictures, with the run beside it as judge."""
     from l3m_like import load
 
     mesh = build_mesh(axes)
     loaded = load(run, mesh=mesh)
     data = loaded.config.instantiate("evals.heldout.data")
     sampler = FlowODE((1, 8, 8), 10, steps=2, guidance=2.0, num_samples=23, batch=batch)
-    quality = SampleQuality(data, Corners(), sampler, real=41, batch=batch, splits=2)
+    judge = Judge(run.parent / "vit")
+    quality = SampleQuality(data, Corners(), sampler, real=41, batch=batch, splits=2, judge=judge)
+    quality.check(loaded.model)
     found = quality.evaluate(loaded.model, mesh=mesh, step=0, seed=0, folder=run)
-    assert found.notes == {"extractor": "corners", "pictures": "23 generated, 41 real"}
+    assert found.notes == {"extractor": "corners", "pictures": "23 generated, 41 real", "judge": "vit, step 2"}
     again = quality.evaluate(loaded.model, mesh=mesh, step=0, seed=0, folder=run)
     assert again == found
     return dict(found.values)
@@ -219,8 +225,10 @@ def test_sample_quality_is_the_same_on_every_mesh(tmp_path) -> None:
     from tests.generate.tiny import save_run
 
     run = save_run(tmp_path / "sit", "sit")
+    save_run(tmp_path / "vit", "vit")
     expected = quality_on(run, {}, 7)
-    assert set(expected) == {"fid", "sfid", "inception_score", "precision", "recall"} and expected["fid"] > 0
+    judged = {"fid", "sfid", "inception_score", "precision", "recall", "class_accuracy"}
+    assert set(expected) == judged and expected["fid"] > 0 and 0 < expected["class_accuracy"] < 1
     for found in (quality_on(run, {}, 3), *on_ranks(2, quality_on, run, {"dp_shard": 2}, 7)):
         assert found == pytest.approx(expected, rel=1e-9)
 
@@ -258,6 +266,80 @@ def test_precision_and_recall_do_not_depend_on_the_block(block, monkeypatch) -> 
     monkeypatch.setattr(image_sets, "distances", lambda x, y: seen.append(len(x) * len(y)) or within(x, y))
     assert precision_recall(real, made, 3, ONE) == expected
     assert max(seen) <= block * block
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory) -> Path:
+    from tests.generate.tiny import save_run
+
+    return save_run(tmp_path_factory.mktemp("runs") / "vit", "vit")
+
+
+def heldout() -> Any:
+    from l3m_like.config import RunConfig
+    from tests.generate.tiny import CONFIGS, OVERRIDES
+
+    return RunConfig.from_file(CONFIGS / "sit.yaml", OVERRIDES["sit"]).instantiate("evals.heldout.data")
+
+
+def test_class_accuracy_is_that_of_the_judge(vit) -> None:
+    """Of real pictures, which the judge must see as a PNG would hold them."""
+    from l3m_like import load
+
+    data, judge = heldout(), Judge(vit)
+    pictures = of_dataset(data, 16, ONE, 60)
+    accuracy = JudgedAccuracy(judge, pictures.label)
+    images = torch.cat([images for _, images, _ in accuracy.watch(pictures.batches)])
+    labels = torch.tensor([pictures.label(row) for row in range(60)])
+    data = {"image": images.double(), "image_label": labels, "row": torch.arange(60)}
+    expected = load(vit, dtype="float64")(data)["image_logits"].argmax(-1)
+    assert torch.equal(judge.classes(images), expected) and len(expected.unique()) > 1
+    assert accuracy.result(ONE) == float((expected == labels).double().mean())
+    assert torch.equal(judge.classes(images + 0.3 / 127.5), expected), "what a PNG would not hold was seen"
+    with pytest.raises(UserError, match="have 3 channels"):
+        judge.classes(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UserError, match="has learned nothing"):
+        Judge(Path(__file__).parents[2] / "configs" / "experiment" / "vit.yaml").check()
+
+
+def test_gaussians_have_the_moments_of_each_class() -> None:
+    data = heldout()
+    pictures = of_gaussians(data, 100, ONE, 4000)
+    made = torch.cat([images for _, images, _ in pictures.batches]).double()
+    other = of_gaussians(data, 7, SimpleNamespace(**vars(ONE) | {"dp_size": 2, "dp_rank": 1}), 20)  # the odd ones
+    assert torch.equal(torch.cat([images for _, images, _ in other.batches]), made[1:20:2].float())
+    real = of_dataset(data, 100, ONE)
+    images = torch.cat([images for _, images, _ in real.batches]).double()
+    labels = torch.tensor([real.label(row) for row in range(len(images))])
+    assert [pictures.label(row) for row in (0, 9, 10)] == [0, 9, 0]
+    for label in (0, 7):
+        ours, theirs = made[label::10], images[labels == label]
+        deviation = theirs.std(0)
+        assert float((ours.mean(0) - theirs.mean(0)).abs().max()) < 5 * float(deviation.max()) / 400**0.5
+        assert float((ours.std(0) - deviation).abs().max()) < 5 * float(deviation.max()) / 800**0.5
+        independent = torch.corrcoef(((ours - theirs.mean(0)) / deviation.clamp_min(1e-3)).flatten(1).mT[24:40])
+        assert float((independent - torch.eye(16)).abs().max()) < 5 / 400**0.5
+
+
+def test_command(vit, tmp_path, monkeypatch, capsys) -> None:
+    from l3m_like import evaluations
+    from run import evaluate_images
+
+    monkeypatch.setattr(evaluations, "Inception", lambda *args, **settings: Corners(), raising=False)
+    word = f"{vit}:heldout"
+    out = tmp_path / "found.json"
+    options = f"--extractor inception --metrics fid --samples 40 --judge {vit} --out {out}".split()
+    found = []
+    for generated in (word, f"{word}:gaussians"):
+        assert evaluate_images.main([generated, word, *options]) == 0
+        found.append(json.loads(out.read_text()))
+    assert abs(found[0]["fid"]) < 1e-9 < found[1]["fid"] and "class_accuracy" in capsys.readouterr().out
+    assert found[0]["generated"] == found[1]["generated"] == 40
+    assert evaluate_images.main([f"{word}:gaussian", word, *options]) == 1 and "not 'gaussian'" in capsys.readouterr().err
+    (tmp_path / "png").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "png" / "a.png")
+    assert evaluate_images.main([str(tmp_path / "png"), word, *options]) == 1
+    assert "are not known" in capsys.readouterr().err
 
 
 def drawn_of(total: int, batch: int, most: int, rank: int = 0, size: int = 1) -> tuple[Statistics, int]:

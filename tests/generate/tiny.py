@@ -21,6 +21,7 @@ OVERRIDES = {
         ("dllm", "block_diffusion"), ["dim=32", "layers=2", "heads=4", "kv_heads=2", "head_dim=8", "mlp_dim=48"]
     ),
     "sit": ["dim=16", "layers=2", "heads=2", "image_size=8", "patch=2"],
+    "vit": ["dim=16", "layers=1", "heads=2", "image_size=8", "patch=4"],
 }
 
 
