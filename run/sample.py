@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", required=True, help="the run's directory (or a config: the weights it starts from)")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="use the averaged weights")
+    parser.add_argument("--guide", help="run of a weaker model that `guidance` leads away from (images)")
     parser.add_argument("--decode", help="run of the autoencoder whose latents these samples are")
     parser.add_argument("--out", type=Path, help="file to write (images default to RUN/samples/)")
     parser.add_argument("--parallel", default="", metavar="AXIS=N,...", help="mesh axes (default: dp_shard takes all processes)")
@@ -46,7 +47,7 @@ def sample(args: argparse.Namespace) -> int:
     axes = parse_axes(args.parallel)
     mesh = build_mesh(axes) if processes > 1 or axes else None
     loaded = load(args.run, step=args.step, ema=args.ema, overrides=[f"sample.{setting}" for setting in args.settings], mesh=mesh)
-    samples = loaded.generate()
+    samples = loaded.generate(None if args.guide is None else load(args.guide, ema=args.ema, mesh=mesh))
     if args.decode is not None:
         from l3m_like.generate import decode_latents
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from l3m_like.layers.interpolant import Coefficients, Interpolant, shift_time
 
 #: what a model predicts, or the velocity, as a function of x [B, C, H, W] and times t [B]
 Field = Callable[[Tensor, Tensor], Tensor]
+
+#: the inference graph of a model: keys -> keys
+Model = Callable[[dict[str, Any]], dict[str, Any]]
 
 #: D(t) of the reverse SDE, as a function of t and the path's coefficients there
 DIFFUSIONS: dict[str, Callable[[Tensor, Coefficients], Tensor]] = {
@@ -146,22 +150,34 @@ class FlowSampler:
         self.shape = tuple(self.shape)
         self.interpolant = Interpolant(self.path, self.prediction)
 
-    def run(self, model: nn.Module, *, process: Any = None, mesh: Mesh | None = None) -> Images:
-        """Sample from ``model`` as it is now; see ``Sampler.run``. ``process`` is not needed."""
+    def run(
+        self, model: nn.Module, *, process: Any = None, mesh: Mesh | None = None, guide: nn.Module | None = None
+    ) -> Images:
+        """Sample from ``model`` as it is now; see ``Sampler.run``. ``process`` is not needed.
+
+        Args:
+            guide: a weaker model of the same kind (smaller, or trained for less), from which guidance leads away instead of from
+                the prediction without a class: guide + w (model - guide), both of the class (autoguidance, arXiv:2406.02507).
+        """
         found: dict[int, Tensor] = {}
-        for rows, images, count in self.chunks(model, mesh):
+        for rows, images, count in self.chunks(model, mesh, guide):
             found |= dict(zip(rows, images.cpu(), strict=True)) if count else {}
         assert self.labels is not None
         every = torch.tensor([self.label(row) for row in range(self.num_samples)])
         return Images(torch.stack(collect(found, mesh)), every, columns=min(len(self.labels), self.num_samples, 10))
 
-    def chunks(self, model: nn.Module, mesh: Mesh | None = None) -> Iterator[tuple[list[int], Tensor, bool]]:
+    def chunks(
+        self, model: nn.Module, mesh: Mesh | None = None, guide: nn.Module | None = None
+    ) -> Iterator[tuple[list[int], Tensor, bool]]:
         """This rank's samples as they are made: (their numbers, images [B, C, H, W] on the device, do they count).
 
         For more of them than fit into memory. Every rank yields as often; the images of a rank that has no more do not count.
         """
-        with sampling(model) as graph:
-            self.check(graph)
+        with ExitStack() as models:
+            graph = models.enter_context(sampling(model))
+            weaker = None if guide is None else models.enter_context(sampling(guide))
+            for each in (graph,) if weaker is None else (graph, weaker):
+                self.check(each)
             share = -(-self.num_samples // (mesh.dp_size if mesh is not None else 1))
             for rows, count in deal(self.num_samples, self.batch, mesh):
                 # the last chunk is filled up, so that all have one shape and a compiled model has one graph
@@ -170,7 +186,7 @@ class FlowSampler:
                 labels = torch.tensor([self.label(number) for number in full], device=graph.device)
                 # the state stays in float32 under a bf16 model: it sums many small steps
                 noise = self.noise(row, torch.promote_types(graph.dtype, torch.float32))
-                images = self.integrate(self.predict(graph, labels), noise, row, mesh)
+                images = self.integrate(self.predict(graph, labels, weaker), noise, row, mesh)
                 yield rows, (images if self.decoder is None else self.decoder(images))[: len(rows)], count
 
     def check(self, graph: Inference) -> None:
@@ -212,23 +228,25 @@ class FlowSampler:
         moved = shift_time(self.last * torch.arange(steps + 1, dtype=torch.float64) / steps, self.shift)
         return (start + (end - start) * moved).tolist()
 
-    def predict(self, graph: Callable[[dict[str, Any]], dict[str, Any]], labels: Tensor) -> Field:
-        """The guided prediction of the model ``graph`` for ``labels`` [B]."""
+    def predict(self, graph: Model, labels: Tensor, guide: Model | None = None) -> Field:
+        """The guided prediction of the model ``graph`` for ``labels`` [B]; see ``run`` for ``guide``."""
         class_id = torch.cat((labels, torch.full_like(labels, self.classes)))
         first, last = self.guidance_interval
         always = (first, last) == (0, 1)
         guided_channels = self.shape[0] if self.guidance_channels is None else self.guidance_channels
 
+        def predicted(model: Model, x: Tensor, t: Tensor, times: int) -> Tensor:
+            ports = {"noised": x.repeat(times, 1, 1, 1), "time": t.to(x.dtype).repeat(times)}
+            ports |= self.conditions(class_id[: times * len(x)])
+            return model({self._key(port): value for port, value in ports.items()})[self._key("prediction")].to(x.dtype)
+
         def predict(x: Tensor, t: Tensor) -> Tensor:
             inside = (t >= first) & (t <= last)
             guided = self.guidance != 1 and (always or bool(inside.any()))
-            times = 2 if guided else 1
-            ports = {"noised": x.repeat(times, 1, 1, 1), "time": t.to(x.dtype).repeat(times)}
-            ports |= self.conditions(class_id[: times * len(x)])
-            out = graph({self._key(port): value for port, value in ports.items()})[self._key("prediction")].to(x.dtype)
+            out = predicted(graph, x, t, 2 if guided and guide is None else 1)
             if not guided:
                 return out
-            conditional, null = out.chunk(2)
+            conditional, null = out.chunk(2) if guide is None else (out, predicted(guide, x, t, 1))
             channels = torch.arange(x.shape[1], device=x.device) < guided_channels
             where = inside.view(-1, 1, 1, 1) & channels.view(1, -1, 1, 1)
             return torch.where(where, null + self.guidance * (conditional - null), conditional)

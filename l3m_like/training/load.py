@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,17 +62,24 @@ class Loaded:
             out = part(out, part.inference())
         return out
 
-    def generate(self, **overrides: Any) -> Samples:
+    def generate(self, guide: Loaded | None = None, **overrides: Any) -> Samples:
         """Run the config's sampler, some of its settings replaced: ``loaded.generate(prompts=["To be"], temperature=0.5)``.
 
+        Args:
+            guide: a weaker model that guidance leads away from, see ``FlowODE.run``.
+
         Raises:
-            UserError: the config has no ``sample`` section; the sampler has no such setting.
+            UserError: the config has no ``sample`` section; the sampler has no such setting, or takes no guide.
         """
         if self.config.sample is None:
             raise UserError("The config has no `sample` section. Add one: sample: {_target_: l3m_like.generate.FlowODE, ...}.")
         section = targets.check({**self.config.sample, **overrides}, "sample")
         sampler = targets.instantiate(section, "sample")
-        return sampler.run(self.model, process=self.processor(), mesh=self.mesh)
+        if guide is None:
+            return sampler.run(self.model, process=self.processor(), mesh=self.mesh)
+        if "guide" not in inspect.signature(sampler.run).parameters:
+            raise UserError(f"{type(sampler).__name__} takes no guide; FlowODE and FlowSDE do.")
+        return sampler.run(self.model, process=self.processor(), mesh=self.mesh, guide=guide.model)
 
     def processor(self) -> Any:
         """The training data's processor (it reads no file until it is used); None where the dataset has no `process`."""

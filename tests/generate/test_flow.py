@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from l3m_like.core import MetaModel, ReadWriteBlock, UserError
 from l3m_like.core.random import normal
-from l3m_like.generate import FlowODE, grid
+from l3m_like.generate import FlowODE, FlowSDE, grid
 from tests.generate.flow_orders import Gaussian
 from tests.generate.tiny import tiny
 
@@ -42,6 +44,24 @@ def test_guidance_is_its_formula() -> None:
         shifted = MetaModel(head=GaussianVelocity(shift=0.7 * (3 + w * (label - 3)) / label), stream="image")
         assert torch.allclose(guided, FlowODE(SHAPE, 3, **sampler).run(shifted).images, rtol=1e-12, atol=1e-12)
         assert float((guided - plain).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "dopri5"}, {"sde": True}], ids=str)
+def test_guidance_by_a_weaker_model(settings: dict[str, Any]) -> None:
+    """Velocities that are affine in the class: w steps from the guide to the model are a model between (or beyond) them."""
+    sampler = FlowSDE if settings.pop("sde", False) else FlowODE
+    settings = {"steps": 8, "labels": [1, 2], "num_samples": 5, **settings}
+    model, guide = (MetaModel(head=GaussianVelocity(shift=shift), stream="image") for shift in (0.7, 0.3))
+    plain = sampler(SHAPE, 3, **settings).run(model).images
+    for w in (0.0, 1.0, 2.0):
+        own = sampler(SHAPE, 3, guidance=w, **settings).run(model, guide=model).images
+        assert torch.equal(own, plain)  # a model guides itself nowhere
+        guided = sampler(SHAPE, 3, guidance=w, **settings).run(model, guide=guide).images
+        between = MetaModel(head=GaussianVelocity(shift=0.3 + w * 0.4), stream="image")
+        torch.testing.assert_close(guided, sampler(SHAPE, 3, **settings).run(between).images, rtol=1e-12, atol=1e-12)
+        assert w == 1.0 or float((guided - plain).abs().max()) > 0.1
+    with pytest.raises(UserError, match="video_"):
+        sampler(SHAPE, 3, guidance=2.0, **settings).run(model, guide=MetaModel(head=GaussianVelocity(), stream="video"))
 
 
 def test_guidance_one_is_the_conditional_model() -> None:

@@ -55,6 +55,16 @@ def test_a_config_gives_the_weights_of_step_0() -> None:
     assert_same(weights(loaded), weights(again))
 
 
+def test_generate_by_a_weaker_model(run) -> None:
+    loaded, weaker = load(run), load(run, step=2)
+    settings = {"steps": 2, "num_samples": 3, "guidance": 2.0}
+    plain = loaded.generate(**settings | {"guidance": 1.0}).images
+    assert torch.equal(loaded.generate(guide=loaded, **settings).images, plain)
+    assert not torch.allclose(loaded.generate(guide=weaker, **settings).images, plain)
+    with pytest.raises(UserError, match="takes no guide"):
+        tiny("llm").generate(guide=loaded)
+
+
 def test_generate_takes_the_config_and_overrides(run) -> None:
     loaded = load(run, overrides=["sample.steps=2", "sample.num_samples=3"])
     samples = loaded.generate()
