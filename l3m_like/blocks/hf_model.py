@@ -292,7 +292,7 @@ def _computed(model: Any, module: nn.Module, tensors: Mapping[str, Tensor]) -> d
 
 def _transformers() -> Any:
     """The library, imported when it is needed: that takes seconds."""
-    from l3m_like.pretrained.torchvision_ops import allow_torchvision
+    from l3m_like.core.torchvision_ops import allow_torchvision
 
     allow_torchvision()
     import transformers

@@ -170,7 +170,7 @@ def streaming(files: Files, workers: int) -> float:
     """Of MosaicML Streaming, its files written before the clock starts."""
     import torch
 
-    from l3m_like.pretrained.torchvision_ops import allow_torchvision
+    from l3m_like.core.torchvision_ops import allow_torchvision
 
     allow_torchvision()
     import streaming as mosaic

@@ -159,7 +159,7 @@ class EfficientNetLite0(NetworkExtractor):
         super().__init__(installed_weights() if path is None and not random_weights else path, random_weights=random_weights)
 
     def build(self) -> nn.Module:
-        from l3m_like.pretrained.torchvision_ops import allow_torchvision
+        from l3m_like.core.torchvision_ops import allow_torchvision
 
         allow_torchvision()
         try:

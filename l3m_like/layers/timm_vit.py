@@ -108,7 +108,7 @@ def create(name: str, arguments: Mapping[str, Any]) -> Any:
     Raises:
         UserError: timm is not installed, has no such model, or it is no vision transformer.
     """
-    from l3m_like.pretrained.torchvision_ops import allow_torchvision
+    from l3m_like.core.torchvision_ops import allow_torchvision
 
     allow_torchvision()
     try:

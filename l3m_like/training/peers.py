@@ -25,6 +25,7 @@ from l3m_like.blocks.preprocessors.noise import FlowNoise
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.meta_model import MetaModel
+from l3m_like.core.torchvision_ops import allow_torchvision
 from l3m_like.layers import MLP, Attention, DiTLayer, SwiGLU, TransformerLayer
 from l3m_like.layers.embedding import sinusoid
 from l3m_like.layers.mlp import ACTIVATIONS
@@ -34,7 +35,6 @@ from l3m_like.pretrained.decoder import NAMES
 from l3m_like.pretrained.dit import diffusers_names
 from l3m_like.pretrained.name_map import Templates
 from l3m_like.pretrained.sit import sit_names
-from l3m_like.pretrained.torchvision_ops import allow_torchvision
 from l3m_like.training.train import Plan
 
 Batch = Mapping[str, Tensor]

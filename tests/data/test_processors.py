@@ -205,7 +205,7 @@ def test_a_token_across_a_border_is_not_trained_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["config", "jinja", "marked"])
 def test_ids_are_those_of_transformers(kind: str, folder: Path) -> None:
-    from l3m_like.pretrained.torchvision_ops import allow_torchvision
+    from l3m_like.core.torchvision_ops import allow_torchvision
 
     allow_torchvision()
     transformers = pytest.importorskip("transformers")
@@ -461,7 +461,7 @@ def test_color_jitter(cat: Image.Image) -> None:
 
 def test_rand_augment_is_what_torchvision_does(cat: Image.Image) -> None:
     """Every operation at magnitude 9 of 30, with both signs."""
-    from l3m_like.pretrained.torchvision_ops import allow_torchvision
+    from l3m_like.core.torchvision_ops import allow_torchvision
 
     allow_torchvision()
     pytest.importorskip("torchvision")

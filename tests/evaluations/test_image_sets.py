@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from l3m_like.core.errors import UserError
+from l3m_like.core.torchvision_ops import allow_torchvision
 from l3m_like.distributed.mesh import build_mesh
 from l3m_like.evaluations import EfficientNetLite0, Inception, Judge, SampleQuality, image_sets
 from l3m_like.evaluations.extractors import Features, resize, to_pixels
@@ -33,7 +34,6 @@ from l3m_like.evaluations.pictures import of_dataset, of_gaussians
 from l3m_like.evaluations.sample_quality import collect_statistics
 from l3m_like.generate import FlowODE
 from l3m_like.layers.inception import InceptionV3
-from l3m_like.pretrained.torchvision_ops import allow_torchvision
 from tests.distributed.pool import run as on_ranks
 
 ONE = SimpleNamespace(dp_size=1, dp_rank=0, speaks_for_rows=True, sum=lambda values: values, device=torch.device("cpu"))

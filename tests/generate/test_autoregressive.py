@@ -99,9 +99,9 @@ def test_greedy_tokens_are_those_of_transformers() -> None:
     with torch.no_grad():
         for parameter in loaded.model.trunk.parameters():
             parameter *= 3  # smaller weights say one word for ever
+    from l3m_like.core.torchvision_ops import allow_torchvision
     from l3m_like.pretrained import NameMap, export_state
     from l3m_like.pretrained.decoder import NAMES
-    from l3m_like.pretrained.torchvision_ops import allow_torchvision
 
     allow_torchvision()
     from transformers import Qwen3Config, Qwen3ForCausalLM

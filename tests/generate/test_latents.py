@@ -20,8 +20,8 @@ from l3m_like import load
 from l3m_like.blocks import AutoencoderKLEncoder, SampleLatent
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
+from l3m_like.core.torchvision_ops import allow_torchvision
 from l3m_like.generate import LatentDecoder
-from l3m_like.pretrained.torchvision_ops import allow_torchvision
 
 ROOT = Path(__file__).parents[2]
 VAE: dict[str, Any] = {

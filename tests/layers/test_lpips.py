@@ -20,7 +20,7 @@ SIDES = {"vgg": 24, "alex": 67}
 
 
 def reference_of(net: str) -> nn.Module:
-    from l3m_like.pretrained.torchvision_ops import allow_torchvision
+    from l3m_like.core.torchvision_ops import allow_torchvision
 
     allow_torchvision()
     import lpips

@@ -275,7 +275,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from l3m_like.pretrained.torchvision_ops import allow_torchvision
+    from l3m_like.core.torchvision_ops import allow_torchvision
 
     allow_torchvision()
     torch.set_num_threads(1)

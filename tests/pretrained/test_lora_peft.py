@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from l3m_like.config.schema import Lora
 from l3m_like.core.errors import UserError
+from l3m_like.core.torchvision_ops import allow_torchvision
 from l3m_like.pretrained.lora import export_peft, import_peft
-from l3m_like.pretrained.torchvision_ops import allow_torchvision
 from l3m_like.training.lora import add_adapters
 from tests.distributed.recorder import experiment
 from tests.parity.rule import check_values, perturb

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from l3m_like import load
 from l3m_like.core.errors import UserError
+from l3m_like.core.torchvision_ops import allow_torchvision
 from l3m_like.pretrained import NameMap, export_state
 from l3m_like.pretrained.sit import SIZES, sit_names
-from l3m_like.pretrained.torchvision_ops import allow_torchvision
 from l3m_like.training.export import export, import_folder
 from tests.generate.tiny import CONFIGS, save_run, tiny
 from tests.parity.rule import check_values

@@ -80,7 +80,7 @@ class SampleLatent(ReadWriteBlock):
 
 def autoencoder_kl() -> Any:
     """The class of diffusers, imported when it is needed."""
-    from l3m_like.pretrained.torchvision_ops import allow_torchvision
+    from l3m_like.core.torchvision_ops import allow_torchvision
 
     allow_torchvision()
     try:
