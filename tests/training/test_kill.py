@@ -272,20 +272,16 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> State:
     return steps, tensors
 
 
+@pytest.mark.slow  # half a minute each; tests/training/test_rae.py stops and goes on in every run of the tests
 @pytest.mark.parametrize(
     ("point", "times", "ranks"),
     [
         ("mid_step", 7, (1,)),  # in step 4, between the step of the decoder and that of the discriminator
-        *(
-            pytest.param(*where, marks=pytest.mark.slow)
-            for where in (
-                ("mid_step", 6, (0, 1)),  # in step 4, before the decoder's
-                ("mid_step", 3, (0,)),  # in step 2, the first with a discriminator
-                *((point, 2, (0,)) for point in POINTS[:4]),  # of the save after step 4
-                *((point, 1, (0, 1)) for point in POINTS[:2]),  # of the save after step 2
-                ("during_pruning", 1, (0,)),
-            )
-        ),
+        ("mid_step", 6, (0, 1)),  # in step 4, before the decoder's
+        ("mid_step", 3, (0,)),  # in step 2, the first with a discriminator
+        *((point, 2, (0,)) for point in POINTS[:4]),  # of the save after step 4
+        *((point, 1, (0, 1)) for point in POINTS[:2]),  # of the save after step 2
+        ("during_pruning", 1, (0,)),
     ],
 )
 def test_an_autoencoder_and_its_discriminator(
