@@ -43,13 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file")
     args = parser.parse_intermixed_args(argv)  # settings may stand between options
 
+    from l3m_like.benchmarks.bench import Progress, bench, table
+    from l3m_like.benchmarks.profile import page
+    from l3m_like.benchmarks.synthetic import synthetic_data
     from l3m_like.config import RunConfig
     from l3m_like.config.ranks import Failures, adopt_launcher
     from l3m_like.core.errors import UserError
     from l3m_like.distributed.mesh import init_process_group
-    from l3m_like.training.bench import Progress, bench, table
-    from l3m_like.training.profile import page
-    from l3m_like.training.synthetic import synthetic_data
 
     failures = Failures(0, 1)
     code = 0
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             cfg.save(args.out)
         say = Progress(silent=rank != 0)
         if args.compare:
-            from l3m_like.training.compare import compare, report
+            from l3m_like.benchmarks.compare import compare, report
 
             result: dict[str, Any] = compare(
                 cfg,

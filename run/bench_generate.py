@@ -29,9 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file")
     args = parser.parse_intermixed_args(argv)
 
+    from l3m_like.benchmarks.generation import bench_generate
     from l3m_like.config import RunConfig
     from l3m_like.core.errors import UserError
-    from l3m_like.training.bench_generate import bench_generate
 
     rows = []
     try:

@@ -26,10 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file")
     args = parser.parse_intermixed_args(argv)  # settings may stand between options
 
+    from l3m_like.benchmarks.memory import bench_memory, table
     from l3m_like.config import RunConfig
     from l3m_like.config.ranks import Failures, adopt_launcher
     from l3m_like.distributed.mesh import init_process_group
-    from l3m_like.training.bench_memory import bench_memory, table
 
     failures = Failures(0, 1)
     try:

@@ -82,7 +82,7 @@ def test_command(page: str, command: str, needs: str | None, tmp_path: Path) -> 
 
 #: a clean process that has imported what the scripts import, and is forked for each
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([__name__, "l3m_like.training.train", "l3m_like.training.check", "l3m_like.training.bench"])
+SERVER.set_forkserver_preload([__name__, "l3m_like.training.train", "l3m_like.training.check", "l3m_like.benchmarks.bench"])
 
 
 def run_script(words: list[str], out: Path) -> None:

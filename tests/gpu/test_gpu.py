@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from l3m_like import load, train
+from l3m_like.benchmarks.bench import bench
 from l3m_like.config import RunConfig
 from l3m_like.core.random import key_of, normal, philox, uniform
 from l3m_like.data import Loader
-from l3m_like.training.bench import bench
 from l3m_like.training.control import Upcoming
 from l3m_like.training.init import initialize
 from l3m_like.training.optim import EMA, AdamW, Guard, parameter_groups

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from l3m_like.benchmarks.synthetic import synthetic_data
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.data.loader import EvalLoader
@@ -25,7 +26,6 @@ from l3m_like.training.check import check, examine, fake_mesh, run_roots
 from l3m_like.training.init import initialize, materialize
 from l3m_like.training.memory import Activations, LiveBytes, become_local, measure_activations, sharding, static_bytes
 from l3m_like.training.optim import EMA, AdamW, Guard, parameter_groups
-from l3m_like.training.synthetic import synthetic_data
 from l3m_like.training.train import plan
 from l3m_like.training.updates import assign_parameters
 from tests.distributed import pool

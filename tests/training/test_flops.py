@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from l3m_like.benchmarks.bench import FORWARDS
 from l3m_like.config import RunConfig
 from l3m_like.core.wiring import Trace
 from l3m_like.distributed.parallelize import apply_checkpointing
 from l3m_like.layers.masks import document_lengths
-from l3m_like.training.bench import FORWARDS
 from l3m_like.training.flops import FORMULA, StepFlops, Work
 from l3m_like.training.init import initialize, materialize
 from l3m_like.training.train import Plan, plan

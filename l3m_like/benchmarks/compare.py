@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l3m_like.benchmarks.bench import bench, peak_memory, run_length
+from l3m_like.benchmarks.peers import Batch, Decoder, Diffusion, Peer, Variant, chosen_variants, sizes_of, versions
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.data.loader import Loader
 from l3m_like.distributed.mesh import Mesh, build_mesh
 from l3m_like.pretrained import NameMap, export_state
-from l3m_like.training.bench import bench, peak_memory, run_length
 from l3m_like.training.flops import FORMULA, peak_flops
 from l3m_like.training.init import initialize, materialize
 from l3m_like.training.metrics import short
-from l3m_like.training.peers import Batch, Decoder, Diffusion, Peer, Variant, chosen_variants, sizes_of, versions
 from l3m_like.training.schedule import Schedule
 from l3m_like.training.train import Plan, plan
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from l3m_like.training.profile import STEPS, Recorder, page, shortened, summarize
+from l3m_like.benchmarks.profile import STEPS, Recorder, page, shortened, summarize
 
 
 def event(name: str, start: float, length: float, cat: str = "kernel") -> dict[str, Any]:

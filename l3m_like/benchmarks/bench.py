@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l3m_like.benchmarks.profile import STEPS as PROFILED
+from l3m_like.benchmarks.profile import Recorder
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import MetaModel
@@ -35,8 +37,6 @@ from l3m_like.training.flops import FORMULA, StepFlops, peak_flops
 from l3m_like.training.init import initialize, materialize
 from l3m_like.training.metrics import short
 from l3m_like.training.optim import EMA
-from l3m_like.training.profile import STEPS as PROFILED
-from l3m_like.training.profile import Recorder
 from l3m_like.training.schedule import Schedule
 from l3m_like.training.train import plan, train
 from l3m_like.training.updates import Update

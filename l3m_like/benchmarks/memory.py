@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from l3m_like.benchmarks.bench import bench
 from l3m_like.config import RunConfig
 from l3m_like.config.schema import Offload
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.training.bench import bench
 from l3m_like.training.check import examine
 
 #: name -> (parallel.checkpoint, parallel.offload)

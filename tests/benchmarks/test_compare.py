@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from l3m_like.benchmarks.bench import FORWARDS, bench
+from l3m_like.benchmarks.compare import REFERENCES, SPENT, Reference, Work, compare, report
+from l3m_like.benchmarks.peers import DECODERS, chosen_variants, sizes_of
+from l3m_like.benchmarks.synthetic import synthetic_data
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.data import Loader
 from l3m_like.distributed.mesh import build_mesh
 from l3m_like.training import compare as module
 from l3m_like.training import peers, synthetic
-from l3m_like.training.bench import FORWARDS, bench
-from l3m_like.training.compare import REFERENCES, SPENT, Reference, Work, compare, report
 from l3m_like.training.init import initialize, materialize
-from l3m_like.training.peers import DECODERS, chosen_variants, sizes_of
-from l3m_like.training.synthetic import synthetic_data
 from l3m_like.training.train import plan
 
 ROOT = Path(__file__).parents[2]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from l3m_like.benchmarks.peers import Decoder, sizes_of, transformers_family
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.generate.autoregressive import Autoregressive
 from l3m_like.pretrained.decoder import NAMES
 from l3m_like.pretrained.name_map import NameMap, export_state
 from l3m_like.training.load import load
-from l3m_like.training.peers import Decoder, sizes_of, transformers_family
 from l3m_like.training.train import plan
 
 #: ``generate(new tokens)`` -> the tokens [batch][new]

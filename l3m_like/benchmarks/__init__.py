@@ -1,0 +1,1 @@
+"""Speed and memory of a run, beside what other libraries make of the same work."""
