@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from l3m_like.benchmarks import bench as module
 from l3m_like.benchmarks.bench import LOG_EVERY, OTHER, PARTS, PlainLoop, bench, table
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.data.loader import Loader
-from l3m_like.training import bench as module
 from l3m_like.training.control import Upcoming
 from l3m_like.training.optim import EMA
 from l3m_like.training.updates import Update

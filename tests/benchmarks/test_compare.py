@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from l3m_like.benchmarks import compare as module
+from l3m_like.benchmarks import peers, synthetic
 from l3m_like.benchmarks.bench import FORWARDS, bench
 from l3m_like.benchmarks.compare import REFERENCES, SPENT, Reference, Work, compare, report
 from l3m_like.benchmarks.peers import DECODERS, chosen_variants, sizes_of
@@ -25,8 +27,6 @@ from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.data import Loader
 from l3m_like.distributed.mesh import build_mesh
-from l3m_like.training import compare as module
-from l3m_like.training import peers, synthetic
 from l3m_like.training.init import initialize, materialize
 from l3m_like.training.train import plan
 
@@ -197,7 +197,7 @@ def test_a_missing_library_is_skipped_unless_it_was_asked_for(monkeypatch: pytes
     cfg = config("qwen3_1.7b", "tokens")
     sizes = sizes_of(cfg, plan(cfg, 1))
     chosen, skipped = chosen_variants(sizes, None)
-    assert list(chosen) == ["compiled", "stock", "compiled-flash"] and set(skipped) == {"liger-compiled", "liger"}
+    assert list(chosen) == ["compiled", "stock", "compiled-flash", "layers"] and set(skipped) == {"liger-compiled", "liger"}
     with pytest.raises(UserError, match="liger_kernel is not installed"):
         chosen_variants(sizes, ["liger"])
 
