@@ -307,6 +307,8 @@ What to look at next
       the generated clothes, one row per class
   {out / "sit" / "report.html"}, {out / "llm" / "report.html"}
       the curves of both runs; the numbers are in metrics.jsonl beside them
+  source .venv/bin/activate
+      unless an environment of yours was active
   python run/sample.py --run {out / "sit"} --ema guidance=4 num_samples=100
   python run/sample.py --run {out / "llm"} 'prompts=["To be, "]' temperature=0.6
       sample again, with other settings

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Init, Normal, Ones, Zeros
-from l3m_like.kernels.linear_cross_entropy import IGNORE, check_backend, counted_targets, linear_cross_entropy
+from l3m_like.kernels.linear_cross_entropy import IGNORE, check_backend, linear_cross_entropy
 from l3m_like.kernels.select import selected
 from l3m_like.layers.lora import LoRALinear
-from l3m_like.layers.masks import AttentionMask, attended_pairs, counted_tokens
+from l3m_like.layers.masks import AttentionMask, attended_pairs, counted_targets, counted_tokens
 
 ATTENTION = ("auto", "sdpa", "eager", "flex_attention")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -87,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failures.last_words()
         failures.close()
         return 0
+    except KeyboardInterrupt:  # before the first step, or the second one
+        print("stopped at once; what was saved is in the run's checkpoints.", file=sys.stderr, flush=True)
+        os._exit(130)  # threads and other ranks are not waited for
     except Exception as error:
         return failures.fail(error)
 

@@ -120,7 +120,7 @@ class ReadWriteBlock(nn.Module):
             return
         if port in self._reads:
             raise UserError(f"{type(self).__name__}: `reads` names '{port}', which is not read with these settings; delete it.")
-        del self.ports[port]
+        self.ports.pop(port, None)  # a subclass may be without it
 
     # ---- the dictionary work ---------------------------------------------------------------------------------------
 

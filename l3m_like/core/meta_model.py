@@ -206,6 +206,14 @@ class _Nested(ReadWriteBlock):
         return {key: inside[key] for key in self.writes_in(inference)}
 
 
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give ``module`` the floating-point dtype ``dtype``; modules with ``full_precision`` keep at least float32."""
+    module.to(dtype)
+    for inner in module.modules():
+        if getattr(inner, "full_precision", False):
+            inner.to(torch.promote_types(dtype, torch.float32))
+
+
 class Frozen(_Nested):
     """A MetaModel or block that is not trained: no gradients, evaluation mode, its own dtype, no optimizer state.
 
@@ -237,7 +245,7 @@ class Frozen(_Nested):
             if not isinstance(self.dtype, torch.dtype):
                 near = did_you_mean(dtype, ("float32", "bfloat16", "float16"))
                 raise UserError(f"Frozen.dtype: there is no dtype '{dtype}'. {near}")
-            self.model.to(self.dtype)
+            cast(self.model, self.dtype)
         self.train(False)
 
     def train(self, mode: bool = True) -> Frozen:

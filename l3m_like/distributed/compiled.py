@@ -111,7 +111,9 @@ class Graphs:
         """Why graphs are in pieces: the first line of each of torch's reasons."""
         from torch._dynamo.utils import counters
 
-        return "; ".join(dict.fromkeys(str(reason).strip().splitlines()[0] for reason in counters["graph_break"]))
+        return "; ".join(
+            dict.fromkeys(line for reason in counters["graph_break"] for line in str(reason).strip().splitlines()[:1])
+        )
 
     def after_step(self) -> None:
         self.steps += 1

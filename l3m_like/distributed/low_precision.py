@@ -13,6 +13,7 @@ they need not be joined in every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -24,11 +25,19 @@ class LowPrecision:
 
     def __init__(self, root: nn.Module, dtype: torch.dtype, leave: Iterable[nn.Module] = ()) -> None:
         self.dtype = dtype
-        self.left = {id(module) for module in leave}
+        self.leave = list(leave)
         self.masters: list[Any] = []
         self.copies: list[Any] = []
         self.versions: list[int] = []
         root.register_forward_pre_hook(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowPrecision:
+        """That of a copied module: it makes copies of its own at its first forward."""
+        other = object.__new__(LowPrecision)
+        memo[id(self)] = other
+        other.dtype, other.leave = self.dtype, deepcopy(self.leave, memo)
+        other.masters, other.copies, other.versions = [], [], []
+        return other
 
     def __call__(self, root: nn.Module, args: Any) -> None:
         if not self.copies:
@@ -44,6 +53,7 @@ class LowPrecision:
 
     def _make(self, root: nn.Module) -> None:
         copies: dict[int, nn.Parameter] = {}
+        self.left = {id(module) for module in self.leave}
         self._join(root)
         for module in root.modules():
             if id(module) in self.left:
@@ -65,7 +75,7 @@ class LowPrecision:
                 layers = [getattr(module, name) for name in names]
                 if any(type(layer) is not nn.Linear or id(layer) in self.left for layer in layers):
                     continue
-                weights = [layer.weight for layer in layers]
+                weights = [layer._parameters["weight"] for layer in layers]  # the masters
                 if any(copy_of(weight) is not None for weight in weights) or len(set(weights)) < len(weights):
                     continue  # tied
                 joined = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=self.dtype, device=weights[0].device)

@@ -18,6 +18,7 @@ import datetime
 import functools
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,8 @@ def init_process_group(timeout_s: float = 600.0) -> tuple[int, int]:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
+    # after an uncaught exception the other ranks may be elsewhere, and this one would wait for them
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
         dist.destroy_process_group()
 
 

@@ -150,9 +150,7 @@ class FlowSampler:
         self.shape = tuple(self.shape)
         self.interpolant = Interpolant(self.path, self.prediction)
 
-    def run(
-        self, model: nn.Module, *, process: Any = None, mesh: Mesh | None = None, guide: nn.Module | None = None
-    ) -> Images:
+    def run(self, model: nn.Module, *, process: Any = None, mesh: Mesh | None = None, guide: nn.Module | None = None) -> Images:
         """Sample from ``model`` as it is now; see ``Sampler.run``. ``process`` is not needed.
 
         Args:
@@ -173,6 +171,10 @@ class FlowSampler:
 
         For more of them than fit into memory. Every rank yields as often; the images of a rank that has no more do not count.
         """
+        if guide is not None and self.guidance == 1:
+            raise UserError(
+                f"{type(self).__name__}: there is a guide, and guidance is 1, which ignores it. Set guidance, say to 1.5."
+            )
         with ExitStack() as models:
             graph = models.enter_context(sampling(model))
             weaker = None if guide is None else models.enter_context(sampling(guide))
@@ -242,7 +244,8 @@ class FlowSampler:
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             inside = (t >= first) & (t <= last)
-            guided = self.guidance != 1 and (always or bool(inside.any()))
+            # a guide may be sharded: every rank calls it, whatever the times of its rows
+            guided = self.guidance != 1 and (always or guide is not None or bool(inside.any()))
             out = predicted(graph, x, t, 2 if guided and guide is None else 1)
             if not guided:
                 return out

@@ -135,8 +135,10 @@ class Harness:
         targets = targets.to(graph.device)
         body, head = graph.around(self._key("logits"))
         out = body({self._key(port): value.to(graph.device) for port, value in data.items()})
-        # a head runs for some tokens at a time; a model that is one block with its head runs once
-        chunk = max(1, len(asked_of) if head.units else _TOKENS // len(rows))
+        # A head runs for some tokens at a time. It runs once where it is the whole model, where it gives all logits at any rate,
+        # and where it gathers weights of its own, for which every rank must call it equally often
+        once = head.units or head.gathers or not head.reads(self._key("places"))
+        chunk = max(1, len(asked_of) if once else _TOKENS // len(rows))
         sums = torch.zeros(len(rows), dtype=torch.float64, device=graph.device)
         greedy = torch.ones(len(rows), dtype=torch.bool, device=graph.device)
         for places in asked_of.split(chunk):

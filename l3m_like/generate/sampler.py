@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from l3m_like.core.block import Data, ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
@@ -93,6 +94,11 @@ class Inference:
     def reads(self, key: str) -> bool:
         """Whether some block reads ``key``."""
         return any(key in block.reads.values() for _, block in self.blocks)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether some block holds weights that FSDP gathers each time it is called, beside those of the root."""
+        return any(isinstance(module, FSDPModule) for _, block in self.blocks for module in block.modules())
 
     def requires(self, key: str) -> bool:
         """Whether some block cannot do without ``key``."""

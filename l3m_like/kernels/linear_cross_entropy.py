@@ -13,7 +13,6 @@ therefore told their ``weights`` here, and summed plainly.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -107,14 +106,6 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         there = device.type == "meta" or (device.type == "cuda" and HAS_TRITON)
         return "triton" if there and dtype != torch.float64 else "torch"
     return backend
-
-
-def counted_targets(shape: Sequence[int], targets: Tensor | None) -> int:
-    """Tokens of rows [B, S] whose logits are needed, for FLOP counts: those with a target if ``targets`` is a real CPU tensor,
-    else all."""
-    if targets is None or targets.device.type != "cpu":
-        return shape[0] * shape[1]
-    return int((targets != IGNORE).sum())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from l3m_like.core.errors import UserError
+
 #: with fewer rows, joining the weights costs more than the larger product saves (generation)
 _ROWS = 512
 
@@ -31,7 +33,7 @@ def joint_linear(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
 
 def is_ordinary(layer: nn.Module) -> bool:
     """Whether ``layer`` is ``F.linear`` of its weight and bias and nothing else: no adapter, no hook, no tensor parallelism."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return type(layer) is nn.Linear and not isinstance(layer.weight, DTensor) and not hooked
 
 
@@ -52,6 +54,10 @@ class _Joint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise UserError(
+                "joint_linear: gradients of gradients (create_graph=True) would miss the joined weights; train in fp32."
+            )
         rows, sizes = grad.flatten(0, -2), ctx.sizes
         grad_x = grad @ _together(kept) if ctx.needs_input_grad[0] else None
         trained = any(ctx.needs_input_grad[2:])

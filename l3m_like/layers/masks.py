@@ -16,6 +16,7 @@ from torch import Tensor
 
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.kernels.attention import BORDERS, FUSED, LoweredMask, cudnn_takes
+from l3m_like.kernels.linear_cross_entropy import IGNORE
 
 KINDS = ("full", "causal", "prefix", "staged")
 
@@ -326,6 +327,14 @@ def counted_tokens(shape: Sequence[int], document_ids: Tensor | None) -> int:
     if document_ids is None or document_ids.device.type != "cpu":
         return shape[0] * shape[1]
     return int((document_ids >= 0).sum())
+
+
+def counted_targets(shape: Sequence[int], targets: Tensor | None) -> int:
+    """Tokens of rows [B, S] whose logits are needed, for FLOP counts: those with a target if ``targets`` is a real CPU tensor,
+    else all."""
+    if targets is None or targets.device.type != "cpu":
+        return shape[0] * shape[1]
+    return int((targets != IGNORE).sum())
 
 
 def document_lengths(document_ids: Tensor) -> Tensor:

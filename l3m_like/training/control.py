@@ -20,18 +20,21 @@ from l3m_like.training.updates import Update
 
 
 class Signals:
-    """SIGTERM and SIGUSR1 ask for a save and an end at the next step. ``restore`` gives the old handlers back."""
+    """SIGTERM, SIGUSR1 and Ctrl-C ask for a save and an end at the next step; a second Ctrl-C ends at once. ``restore`` gives the
+    old handlers back."""
 
     def __init__(self) -> None:
         self.asked = False
         self._old: dict[int, Any] = {}
         try:
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._ask)
         except ValueError:  # not in the main thread (a notebook, a test): the default handlers stay
             pass
 
     def _ask(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.asked = True
 
     def restore(self) -> None:

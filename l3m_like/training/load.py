@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from l3m_like.config import targets
 from l3m_like.config.run_config import RunConfig
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.core.meta_model import Graph
+from l3m_like.core.meta_model import Graph, cast
 from l3m_like.core.wiring import parts_of
 from l3m_like.distributed.gradients import local
 from l3m_like.distributed.mesh import Mesh
@@ -79,6 +79,13 @@ class Loaded:
             return sampler.run(self.model, process=self.processor(), mesh=self.mesh)
         if "guide" not in inspect.signature(sampler.run).parameters:
             raise UserError(f"{type(sampler).__name__} takes no guide; FlowODE and FlowSDE do.")
+        theirs = guide.config.sample or {}
+        for setting in ("path", "prediction", "shape", "classes"):
+            if setting in theirs and theirs[setting] != section.get(setting):
+                raise UserError(
+                    f"The guide's sample.{setting} is {theirs[setting]}, this model's {section.get(setting)}: their predictions "
+                    "cannot be mixed. Take a guide that was trained alike."
+                )
         return sampler.run(self.model, process=self.processor(), mesh=self.mesh, guide=guide.model)
 
     def processor(self) -> Any:
@@ -138,7 +145,7 @@ def load(
                 block.bind(mesh)
             parallelize(part, mesh, precision=PRECISIONS[kind] if kind is not None else cfg.parallel.precision)
         elif kind is not None:
-            part.to(kind)
+            cast(part, kind)
         part.retie()  # a change of dtype on the meta device parts what is tied
         materialize(part, chosen)
         part.eval()

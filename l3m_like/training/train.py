@@ -209,6 +209,10 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     peak = peak_flops(mesh)
     reporter = Reporter(cfg.log, run_dir, mesh.is_main, step, stamp, total=steps, peak_flops=peak, run_id=cfg.run.id)
     reporter.say(kernels)
+    if step >= steps:
+        reporter.say(f"{run_dir} is at step {step} of {steps}: nothing to train (steps=N goes on, run.name=NAME begins another).")
+    elif step > 0:
+        reporter.say(f"continuing {run_dir} at step {step} of {steps}")
     if mfu := flops.describe(peak):
         reporter.say(mfu)
 

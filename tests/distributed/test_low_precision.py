@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from l3m_like.config import RunConfig
+from l3m_like.core.errors import UserError
 from tests.distributed import pool
 from tests.distributed.recorder import experiment, whole
 from tests.generate.tiny import CONFIGS, OVERRIDES
@@ -241,3 +242,36 @@ def test_full_precision_forgotten_is_seen(axes: dict[str, int]) -> None:
     for pairs in pool.run(max([1, *axes.values()]), read_in_compute, axes, True):
         for name, (found, right) in pairs.items():
             assert (found.to(right.dtype) - right).abs().max() > 1e-4, name
+
+
+def test_what_joined_weights_would_get_wrong() -> None:
+    import copy
+
+    from l3m_like.distributed.low_precision import LowPrecision
+    from l3m_like.layers import SwiGLU
+
+    torch.manual_seed(0)
+    layer = SwiGLU(8, hidden_dim=12)
+    LowPrecision(layer, torch.bfloat16)
+    x = torch.randn(600, 8, dtype=torch.bfloat16, requires_grad=True)
+    layer(x)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        dict(other.named_parameters())["up.weight"].add_(1)
+    few = torch.cat([other(x[:100]), other(x[100:500]), other(x[500:])])  # too few rows for one product
+    torch.testing.assert_close(other(x), few, rtol=0.02, atol=0.02)
+    assert not torch.equal(other(x), layer(x))
+    with pytest.raises(UserError, match="create_graph"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    called = []
+    layer.up.register_full_backward_hook(lambda *_: called.append(True))
+    layer(x).sum().backward()
+    assert called
+
+
+def test_a_cast_leaves_full_precision() -> None:
+    from l3m_like.blocks import LogitScale
+    from l3m_like.core import Frozen
+
+    scale = LogitScale(14.3, bias=-9.7, stream="logit", writes=["scale", "bias"])
+    assert {p.dtype for p in Frozen(scale, dtype="bfloat16", random_weights=True).parameters()} == {torch.float32}

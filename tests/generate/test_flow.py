@@ -53,15 +53,30 @@ def test_guidance_by_a_weaker_model(settings: dict[str, Any]) -> None:
     settings = {"steps": 8, "labels": [1, 2], "num_samples": 5, **settings}
     model, guide = (MetaModel(head=GaussianVelocity(shift=shift), stream="image") for shift in (0.7, 0.3))
     plain = sampler(SHAPE, 3, **settings).run(model).images
-    for w in (0.0, 1.0, 2.0):
+    for w in (0.0, 0.5, 2.0):
         own = sampler(SHAPE, 3, guidance=w, **settings).run(model, guide=model).images
         assert torch.equal(own, plain)  # a model guides itself nowhere
         guided = sampler(SHAPE, 3, guidance=w, **settings).run(model, guide=guide).images
         between = MetaModel(head=GaussianVelocity(shift=0.3 + w * 0.4), stream="image")
         torch.testing.assert_close(guided, sampler(SHAPE, 3, **settings).run(between).images, rtol=1e-12, atol=1e-12)
-        assert w == 1.0 or float((guided - plain).abs().max()) > 0.1
+        assert float((guided - plain).abs().max()) > 0.1
+    with pytest.raises(UserError, match="guidance is 1, which ignores it"):
+        sampler(SHAPE, 3, **settings).run(model, guide=guide)
     with pytest.raises(UserError, match="video_"):
         sampler(SHAPE, 3, guidance=2.0, **settings).run(model, guide=MetaModel(head=GaussianVelocity(), stream="video"))
+
+
+def test_a_guide_is_called_whatever_the_times() -> None:
+    """It may be sharded: with times of its own for each row, a rank that left it out would leave the others waiting."""
+    calls = {"model": 0, "guide": 0}
+    parts = []
+    for name in calls:
+        head = GaussianVelocity(shift=0.7)
+        head.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+        parts.append(MetaModel(head=head, stream="image"))
+    sampler = FlowODE(SHAPE, 3, labels=[1], num_samples=2, method="dopri5", guidance=2.0, guidance_interval=[0.3, 0.31])
+    sampler.run(parts[0], guide=parts[1])
+    assert calls["model"] == calls["guide"] > 6
 
 
 def test_guidance_one_is_the_conditional_model() -> None:

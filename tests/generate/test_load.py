@@ -63,6 +63,9 @@ def test_generate_by_a_weaker_model(run) -> None:
     assert not torch.allclose(loaded.generate(guide=weaker, **settings).images, plain)
     with pytest.raises(UserError, match="takes no guide"):
         tiny("llm").generate(guide=loaded)
+    other = load(run, overrides=["sample.prediction=noise"])
+    with pytest.raises(UserError, match="The guide's sample.prediction is noise, this model's velocity"):
+        loaded.generate(guide=other, **settings)
 
 
 def test_generate_takes_the_config_and_overrides(run) -> None:

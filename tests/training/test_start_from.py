@@ -78,21 +78,24 @@ def test_what_strict_leaves_out_is_not_called_loaded(tmp_path: Path) -> None:
         l3m_like.train(tree(tmp_path, "student", frozen=True, init={"from": str(tmp_path / "other")}))
 
 
-def test_a_signal_saves_and_is_not_called_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_is_not_called_done(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from l3m_like.training.updates import Update
 
-    step = Update.step
+    step, sent = Update.step, []
 
     def signalled(self: Update, *args: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
         return step(self, *args)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(Update, "step", signalled)
         with pytest.raises(Stopped, match="after step 2 of 9; saved"):
             l3m_like.train(tree(tmp_path, "run", steps=9))
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     l3m_like.train(tree(tmp_path, "run", steps=9))
     l3m_like.train(tree(tmp_path, "whole", steps=9))
     for name, value in weights(tmp_path, "whole").items():

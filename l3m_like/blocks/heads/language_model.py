@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal
-from l3m_like.kernels.linear_cross_entropy import check_backend, counted_targets
+from l3m_like.kernels.linear_cross_entropy import check_backend
 from l3m_like.kernels.select import selected
+from l3m_like.layers.masks import counted_targets
 from l3m_like.layers.norm import make_norm, norm_spec
 from l3m_like.layers.vocabulary import vocabulary_logits, vocabulary_nll
 
@@ -55,10 +56,12 @@ class LanguageModelHead(ReadWriteBlock):
         outputs: Sequence[str],
     ) -> dict[str, Tensor]:
         weight = self.proj.weight  # never self.proj(...): the matrix may be the embedding's
-        hidden = self.normed(hidden)
         out: dict[str, Tensor] = {}
         if "logits" in outputs:
-            out["logits"] = vocabulary_logits(hidden if places is None else hidden.index_select(1, places), weight)
+            asked = hidden if places is None else hidden.index_select(1, places)
+            out["logits"] = vocabulary_logits(self.normed(asked), weight)
+        if len(outputs) > len(out):
+            hidden = self.normed(hidden)
         for port, factors in {"nll": None, "weighted_nll": weights}.items():
             if port not in outputs:
                 continue

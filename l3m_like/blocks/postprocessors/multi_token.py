@@ -12,7 +12,7 @@ from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.init import Init, Normal, Ones
 from l3m_like.kernels.linear_cross_entropy import IGNORE, check_backend
 from l3m_like.kernels.select import selected
-from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, counted_tokens
+from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, counted_targets, counted_tokens
 from l3m_like.layers.moe import RouterLoads
 from l3m_like.layers.norm import RMSNorm
 from l3m_like.layers.rope import Rope
@@ -136,9 +136,9 @@ class MultiTokenPrediction(ReadWriteBlock):
         rows, length = tokens.shape[:2]
         window = getattr(self.layer.mixer, "window", None)
         pairs = attended_pairs(AttentionMask("causal", document_ids, window=window), rows, length, length)
-        matrices = self.proj.weight.numel() + self.head.weight.numel()
         counted = counted_tokens((rows, length), document_ids)
-        return 2 * counted * matrices + self.layer.flops(counted, pairs)
+        logits = 2 * counted_targets((rows, length), targets) * self.head.weight.numel()
+        return 2 * counted * self.proj.weight.numel() + self.layer.flops(counted, pairs) + logits
 
     def tp_plan(self) -> dict[str, str]:
         whole = dict.fromkeys(("final_norm", "hidden_norm", "token_norm", "proj", "norm"), "replicated")
