@@ -19,16 +19,18 @@ EXPERIMENTS = sorted(path for path in CONFIGS.rglob("*.yaml") if "preset" not in
 TINY = [path for path in EXPERIMENTS if "--config configs/experiment/" in path.read_text(encoding="utf-8")]
 #: published, or (tiny ones) counted by hand in `test_tiny_sizes`
 PARAMETERS = {
-    "aimv1_600m": 1_087_717_452,  # with the twelve MLPs of its head
-    "aimv2_l": 530_553_420,  # with its decoder
-    "aimv2_moe": 476_603_212,
+    "aimv1_600m": 1_087_594_572,  # with the twelve MLPs of its head
+    "aimv2_l": 530_631_680,  # with its decoder
+    "aimv2_moe": 476_681_472,
     "clip_b16": 149_620_737,
+    "clip_l14": 433_534_465,
     "deepseek_v3": 682_636_472_320,  # 671_026_404_352 and, for multi-token prediction, 11_610_067_968
     "dllm_qwen3": 608_623_616,
     "dream_7b": 7_615_616_512,
     "gpt2": 124_439_808,
     "mae_b16": 111_655_680,
     "llada_8b": 8_015_581_184,
+    "llm_1.4b": 1_439_895_552,
     "llama3.2_1b": 1_235_814_400,
     "llama3_70b": 70_553_706_496,
     "llama3_8b": 8_030_261_248,
@@ -45,11 +47,13 @@ PARAMETERS = {
     "sit_s2": 32_865_056,
     "sit_xl2": 674_834_720,
     "vit_l16": 304_326_632,
+    "vit_l16_l3m": 304_181_224,
 }
 MOST_LINES = {
     "llm": 70, "sit": 90, "rae": 140, "rae_xl": 40, "dit_dh": 130, "dit_dh_xl": 30, "moe": 20, "deepseek": 70, "deepseek_v3": 25,
     "distill": 60, "dream_7b": 16,
-    "clip": 115, "siglip": 20, "vit": 90, "mae": 100, "aimv1": 82, "aimv2": 135, "aimv2_moe": 20,
+    "clip": 115, "siglip": 20, "vit": 90, "mae": 100, "aimv1": 86, "aimv2": 135,
+    "aimv1_600m": 27, "aimv2_l": 30, "aimv2_moe": 26, "clip_l14": 52, "vit_l16_l3m": 17, "llm_1.4b": 27,
 }
 #: the trained ones alone, where a published encoder is frozen
 TRAINED = {"dit_dh_xl": 838_380_628}

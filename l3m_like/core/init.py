@@ -102,6 +102,33 @@ class XavierUniform(Init):
 
 
 @dataclass(frozen=True)
+class FanIn(Init):
+    """Of variance ``scale / fan_in``: a normal that is cut off at two of its deviations (those before the cut)."""
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive("FanIn(scale)", self.scale)
+
+    def draw(
+        self, seed: int, name: str, index: Sequence[Tensor], shape: Sequence[int], *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        if len(shape) < 2:
+            raise UserError(f"FanIn needs a matrix, got shape {tuple(shape)}: use Zeros() or Normal(std).")
+        std = math.sqrt(self.scale / math.prod(shape[1:])) / _CUT_STD
+        return _draw(_cut_normal_at, 0.0, std, seed, name, index, shape, dtype)
+
+
+#: deviation of a standard normal that is cut off at -2 and 2
+_CUT_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
+
+
+def _cut_normal_at(seed: int, purpose: str, stream: Tensor, element: Tensor) -> Tensor:
+    inside = math.erf(math.sqrt(2))  # the part of a normal that is not cut off
+    return math.sqrt(2) * torch.erfinv((2 * uniform_at(seed, purpose, stream, element) - 1) * inside)
+
+
+@dataclass(frozen=True)
 class Zeros(Init):
     """All zeros."""
 

@@ -7,6 +7,7 @@ when it is built, and a ``Graph`` says which of them run and which keys are drop
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from l3m_like.core.block import Data, ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.core.init import Init
 
 PARTS = ("noise", "preprocessor", "trunk", "postprocessor", "head")
 
@@ -52,9 +54,11 @@ class MetaModel(nn.Module):
         noise: likewise, run before them: so the same model can be trained with noise without a parameter changing its name.
         stream: the default stream of every block inside (see ``ReadWriteBlock``).
         tie: ``{parameter: parameter it shares}``, e.g. ``{head.proj.weight: preprocessor.embed.weight}``.
+        draw: ``{pattern: Init}``: how parameters (of matching names, a later pattern before an earlier one) start, instead of
+            as their layers say.
 
     Raises:
-        UserError: a part is not a block, or a tied name is not a parameter.
+        UserError: a part is not a block, a tied name is not a parameter, or a pattern of ``draw`` matches none.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class MetaModel(nn.Module):
         noise: Any = None,
         stream: str | None = None,
         tie: Mapping[str, str] | None = None,
+        draw: Mapping[str, Init] | None = None,
     ) -> None:
         super().__init__()
         for name, part in zip(PARTS, (noise, preprocessor, trunk, postprocessor, head), strict=True):
@@ -77,6 +82,13 @@ class MetaModel(nn.Module):
         self.set_stream(stream)
         self.tie = dict(tie or {})
         self.retie()
+        self.drawn: dict[str, Init] = {}
+        names = [name for name, _ in self.named_parameters()]
+        for pattern, init in (draw or {}).items():
+            hits = fnmatch.filter(names, pattern)
+            if not hits:
+                raise UserError(f"draw: the pattern '{pattern}' matches no parameter. {did_you_mean(pattern, names)}")
+            self.drawn |= dict.fromkeys(hits, init)
         self.graph = Graph(tuple(Step(path, block) for path, block in self.blocks()))
 
     def set_stream(self, stream: str | None) -> None:

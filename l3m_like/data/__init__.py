@@ -32,7 +32,7 @@ __getattr__, __dir__, __all__ = lazy(
         "processors.class_latent": ["ClassLatent", "ClassMoments"],
         "processors.video": ["ClassVideo", "Video"],
         "processors.audio": ["Audio"],
-        "augmentations": ["ColorJitter", "RandAugment", "RandomResizedCrop"],
+        "augmentations": ["ColorJitter", "MiddleCrop", "RandAugment", "RandomResizedCrop"],
         "mixing": ["Mix"],
         "packing": ["ConcatPack", "FitPack", "OnePerRow", "Cost", "Stack", "Piece"],
         "lanes": ["Lane"],

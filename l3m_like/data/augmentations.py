@@ -54,25 +54,58 @@ class RandomResizedCrop:
         return left, top, left + w, top + h
 
 
+class MiddleCrop:
+    """The middle square of a picture; it is then resized.
+
+    Args:
+        part: of the shorter side (0.875: as if it were 256 pixels long, and 224 of them cut out).
+    """
+
+    def __init__(self, part: float) -> None:
+        if not 0 < part <= 1:
+            raise UserError(f"MiddleCrop: part is {part}; it is above 0 and at most 1.")
+        self.part = part
+
+    def box(self, width: int, height: int, draws: Draws) -> Box:
+        """What to cut out of a picture of this size."""
+        side = min(width, height) * self.part
+        left, top = (width - side) / 2, (height - side) / 2
+        return left, top, left + side, top + side
+
+
 class ColorJitter:
     """Brightness, contrast, saturation and hue, each changed at random, in random order.
 
     Args:
         brightness, contrast, saturation: x: the factor is uniform in (max(0, 1 - x), 1 + x).
         hue: x at most 0.5: the hue is turned by a uniform in (-x, x) of the circle.
+        probability: that a picture is changed at all.
 
     Raises:
-        UserError: a negative argument, hue above 0.5, or none; a grey picture with ``saturation`` or ``hue``.
+        UserError: a negative argument, hue above 0.5, or none; no probability; a grey picture with ``saturation`` or ``hue``.
     """
 
-    def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0) -> None:
+    def __init__(
+        self,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        *,
+        probability: float = 1.0,
+    ) -> None:
         self.amounts = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
         if min(self.amounts.values()) < 0 or hue > 0.5 or not any(self.amounts.values()):
             raise UserError(f"ColorJitter has {self.amounts}; they are at least 0, hue at most 0.5, and one is above 0.")
+        if not 0 < probability <= 1:
+            raise UserError(f"ColorJitter: probability is {probability}; it is above 0 and at most 1.")
+        self.probability = probability
 
     def __call__(self, image: Image, draws: Draws) -> Image:
         if image.mode == "L" and (self.amounts["saturation"] or self.amounts["hue"]):
             raise UserError("ColorJitter: a grey picture has no saturation and no hue. Set both to 0, or channels: 3.")
+        if self.probability < 1 and draws.uniform() >= self.probability:
+            return image
         names = list(self.amounts)
         for place in draws.permutation(len(names)):
             amount = self.amounts[names[place]]

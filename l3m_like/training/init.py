@@ -46,7 +46,7 @@ DEFAULTS: dict[type[nn.Module], Callable[[nn.Module], dict[str, Init]]] = {
 
 
 def init_specs(root: nn.Module) -> dict[str, Init]:
-    """``{parameter name: how it is drawn}`` for every parameter, the layer nearest above it deciding.
+    """``{parameter name: how it is drawn}`` for every parameter, the layer nearest above it deciding, or ``draw`` of a MetaModel.
 
     Raises:
         UserError: a parameter that no layer's ``init_spec`` names.
@@ -57,6 +57,8 @@ def init_specs(root: nn.Module) -> dict[str, Init]:
         own = declared() if declared is not None else DEFAULTS.get(type(module), lambda _: {})(module)
         for name, spec in own.items():
             specs[f"{path}.{name}" if path else name] = spec
+    for path, module in root.named_modules():
+        specs |= {f"{path}.{name}" if path else name: spec for name, spec in getattr(module, "drawn", {}).items()}
     for path, module in root.named_modules():
         for leaf, ratio in getattr(module, "width_ratios", {}).items():  # set by mup.py
             name = f"{path}.{leaf}" if path else leaf

@@ -13,6 +13,7 @@ from l3m_like.blocks import PlacedTokenEmbed, TokenEmbed, Transformer
 from l3m_like.core.errors import UserError
 from l3m_like.kernels.attention import LoweredMask
 from l3m_like.layers import Attention, LadderLayer, MoE, ParallelLayer, Rope, SwiGLU, TransformerLayer
+from l3m_like.layers.patch_embed import sincos_positions
 from tests.parity.rule import check_gradients, check_values
 
 D, H, S = 16, 2, 6
@@ -212,6 +213,20 @@ def test_learned_positions() -> None:
         embed.compute(torch.zeros(1, 6, dtype=torch.int64))
     assert set(embed.init_spec()) == {name for name, _ in embed.named_parameters()} == {"embed.weight", "place.weight"}
     assert "positions" not in TokenEmbed(10, 4).ports and embed.ports["positions"]
+
+
+def test_fixed_positions() -> None:
+    embed = PlacedTokenEmbed(10, 8, max_positions=5, fixed=True).double()
+    ids, positions = torch.tensor([[1, 2, 3]]), torch.tensor([[0, 0, 4]])
+    places = sincos_positions(5, 1, 8, torch.float64, torch.device("cpu"))
+    assert torch.equal(places[:, :4], torch.tensor([0.0, 0, 1, 1], dtype=torch.float64).expand(5, 4))
+    angle = torch.tensor([3.0, 0.03], dtype=torch.float64)
+    torch.testing.assert_close(places[3, 4:], torch.cat((angle.sin(), angle.cos())))
+    assert torch.equal(embed.compute(ids), embed.embed.weight[ids] + places[:3])
+    assert torch.equal(embed.compute(ids, positions), embed.embed.weight[ids] + places[positions])
+    assert set(embed.init_spec()) == {name for name, _ in embed.named_parameters()} == {"embed.weight"}
+    with pytest.raises(UserError, match="multiple of 4"):
+        PlacedTokenEmbed(10, 6, max_positions=5, fixed=True)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

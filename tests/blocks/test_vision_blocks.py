@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from l3m_like.blocks import DrawPrefix, LogitScale, MaskPatches, MixImages, PatchEmbed, Transformer
+from l3m_like.blocks import ClassHead, DrawPrefix, LogitScale, MaskPatches, MixImages, PatchEmbed, PatchHead, Transformer
 from l3m_like.core import MetaModel
 from l3m_like.core.errors import UserError
+from l3m_like.core.init import Normal, Uniform, XavierUniform
 from l3m_like.data import CaptionedImage
 from l3m_like.data.dataset import Visit
 from l3m_like.layers import MLP, Attention, Colours, Pool, TransformerLayer
+from l3m_like.layers.patch_embed import sincos_positions
 from l3m_like.losses import PatchRegression
 from l3m_like.training.init import init_specs
 from l3m_like.training.optim.groups import depth_factors, parameter_groups
@@ -192,3 +194,45 @@ def test_colours_are_taken_out_by_the_model() -> None:
         Colours(mean, [0.2])
     with pytest.raises(UserError, match="images have 3 channels, mean and std 1 numbers"):
         PatchEmbed(**settings, colours=Colours([0.5], [0.2])).double().compute(image)
+
+
+# ---- heads, and how weights start ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("drop", "tokens", "kept"), [(None, 9, slice(None)), ("first", 10, slice(1, None)), ("last", 9, slice(-1))]
+)
+def test_a_patch_head_adds_the_positions_of_patches(drop: str | None, tokens: int, kept: slice) -> None:
+    torch.manual_seed(0)
+    head = PatchHead(12, 2, 1, drop=drop, layers=1, width=8, bias=False, mlp_bias=False, positions="sincos").double()
+    assert head.inner is not None and not {"proj.bias", "layers.0.mlp.up.bias"} & set(init_specs(head))
+    x = torch.randn(2, tokens, 12, dtype=torch.float64)
+    hidden = head.inner(x[:, kept])
+    hidden = hidden + sincos_positions(3, 3, 8, torch.float64, x.device)[: hidden.shape[1]]
+    torch.testing.assert_close(head.compute(x), head.proj(head.norm(head.layers[0](hidden))))
+    with pytest.raises(UserError, match="with layers of a width that 4 divides"):
+        PatchHead(12, 2, 1, positions="sincos")
+
+
+def test_a_class_head_with_a_norm() -> None:
+    head = ClassHead(8, 3, norm="layer").double()
+    assert head.norm is not None and set(init_specs(head)) == {
+        f"{name}.{leaf}" for name in ("proj", "norm") for leaf in ("weight", "bias")
+    }
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(head.compute(x), head.proj(head.norm(x[:, 0])))
+
+
+def test_a_model_says_how_weights_start() -> None:
+    """The last of the patterns that match decides, and the model inside another before its layers."""
+    draw = {"head.*.weight": XavierUniform(), "head.proj.*": Uniform(0.5)}
+    model = MetaModel(head=ClassHead(8, 3, norm="rms", stream="image"), draw=draw)
+    assert init_specs(model) == {
+        "head.proj.weight": Uniform(0.5),
+        "head.proj.bias": Uniform(0.5),
+        "head.norm.weight": XavierUniform(),
+    }
+    outer = MetaModel(head=model, draw={"head.head.proj.bias": Normal(1.0)})
+    assert init_specs(outer)["head.head.proj.bias"] == Uniform(0.5), "the nearest decides"
+    with pytest.raises(UserError, match="draw: the pattern 'trunk.*' matches no parameter"):
+        MetaModel(head=ClassHead(8, 3, stream="image"), draw={"trunk.*": Normal(1.0)})

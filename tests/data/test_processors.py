@@ -23,6 +23,7 @@ from l3m_like.data import (
     Dataset,
     FillInTheMiddle,
     JsonLines,
+    MiddleCrop,
     Pixels,
     PromptResponse,
     RandAugment,
@@ -442,6 +443,16 @@ def test_random_resized_crop(cat: Image.Image) -> None:
         RandomResizedCrop((0.0, 1.0))
 
 
+def test_middle_crop(cat: Image.Image) -> None:
+    assert MiddleCrop(0.875).box(320, 256, VISIT.draws("crop")) == (48, 16, 272, 240)
+    whole, middle = (
+        ClassImage(48, crop=crop)({"png": encoded(cat), "cls": b"0"}, VISIT)["image"] for crop in (None, MiddleCrop(1.0))
+    )
+    assert np.allclose(whole, middle, atol=0.02)
+    with pytest.raises(UserError, match="part is 0"):
+        MiddleCrop(0.0)
+
+
 def test_color_jitter(cat: Image.Image) -> None:
     draws = [Visit("a", epoch, 0).draws("augment/0") for epoch in range(6)]
     jittered = [ColorJitter(0.4, 0.4, 0.4, 0.1)(cat, one) for one in draws]
@@ -457,6 +468,10 @@ def test_color_jitter(cat: Image.Image) -> None:
         ColorJitter(hue=0.1)(grey, VISIT.draws("x"))
     with pytest.raises(UserError, match="one is above 0"):
         ColorJitter()
+    some = [ColorJitter(brightness=0.5, probability=0.8)(grey, Visit("a", epoch, 0).draws("x")) for epoch in range(600)]
+    assert abs(np.mean([one.tobytes() != grey.tobytes() for one in some]) - 0.8) < 0.05
+    with pytest.raises(UserError, match="probability is 0"):
+        ColorJitter(brightness=0.5, probability=0.0)
 
 
 def test_rand_augment_is_what_torchvision_does(cat: Image.Image) -> None:

@@ -9,10 +9,10 @@ import torch
 
 from l3m_like.core import init as init_module
 from l3m_like.core.errors import UserError
-from l3m_like.core.init import Normal, Ones, Uniform, XavierUniform, Zeros
+from l3m_like.core.init import FanIn, Normal, Ones, Uniform, XavierUniform, Zeros
 
 SHAPE = (12, 5, 3)
-ALL = [Normal(0.02), Uniform(0.3), Zeros(), Ones(), XavierUniform()]
+ALL = [Normal(0.02), Uniform(0.3), Zeros(), Ones(), XavierUniform(), FanIn(0.5)]
 
 
 @pytest.mark.parametrize("spec", ALL, ids=lambda spec: type(spec).__name__)
@@ -52,6 +52,21 @@ def test_xavier_fans() -> None:
     assert XavierUniform(fan_in=10, fan_out=30).bound((10, 10)) == math.sqrt(6 / 40)
     with pytest.raises(UserError, match="needs a matrix"):
         XavierUniform().bound((7,))
+
+
+def test_fan_in_is_a_cut_normal() -> None:
+    shape = (400, 300)
+    values = FanIn(0.25).draw(0, "w", [torch.arange(n) for n in shape], shape).double()
+    wanted = torch.empty(shape, dtype=torch.float64)
+    torch.manual_seed(0)
+    std = torch.nn.init.trunc_normal_(wanted, std=1.0, a=-2.0, b=2.0).std()  # of a standard normal cut off there
+    assert abs(values.mean()) < 3e-4 and abs(values.std() / math.sqrt(0.25 / 300) - 1) < 0.01
+    assert abs(values.abs().max() / values.std() - 2 / std) < 0.02
+    quantiles = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    theirs = wanted.flatten()[:100000].quantile(quantiles) / std
+    assert (values.flatten()[:100000].quantile(quantiles) / values.std() - theirs).abs().max() < 0.02
+    with pytest.raises(UserError, match="FanIn needs a matrix"):
+        FanIn().draw(0, "b", [torch.arange(3)], (3,))
 
 
 def test_scalar_and_float64() -> None:

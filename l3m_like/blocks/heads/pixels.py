@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from l3m_like.blocks.preprocessors.patches import check_patch
@@ -14,7 +16,7 @@ from l3m_like.core.init import Init, Normal, Zeros
 from l3m_like.layers.mlp import MLP
 from l3m_like.layers.modulation import Modulation
 from l3m_like.layers.norm import LayerNorm, make_norm, norm_spec
-from l3m_like.layers.patch_embed import unpatchify
+from l3m_like.layers.patch_embed import sincos_positions, unpatchify
 
 
 class PatchDecode(ReadWriteBlock):
@@ -83,6 +85,8 @@ class PatchHead(ReadWriteBlock):
         drop: "first": leave out the first token (a class token); "last": the last one (which predicts what is not there).
         layers: how many MLPs, each with a norm before it and a residual around it.
         width: of these (None: D); a linear map brings tokens to it. The MLPs are four times as wide.
+        bias, mlp_bias: of the map to pixels, of the MLPs.
+        positions: "sincos": add fixed 2-D sinusoids before these layers, of the square of patches; or None.
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
@@ -98,9 +102,16 @@ class PatchHead(ReadWriteBlock):
         drop: str | None = None,
         layers: int = 0,
         width: int | None = None,
+        bias: bool = True,
+        mlp_bias: bool = True,
+        positions: str | None = None,
         **ports: Any,
     ) -> None:
         super().__init__(**ports)
+        if positions not in (None, "sincos") or (positions and (not layers or (width or dim) % 4)):
+            raise UserError(
+                f"PatchHead: positions is '{positions}'; it is null, or sincos, with layers of a width that 4 divides."
+            )
         if drop not in (None, "first", "last"):
             raise UserError(f"PatchHead: drop is '{drop}'; it is first, last or null.")
         if width is not None and not layers:
@@ -108,15 +119,21 @@ class PatchHead(ReadWriteBlock):
         self.drop = drop
         width = dim if width is None else width
         self.inner = nn.Linear(dim, width) if layers else None
-        self.layers = nn.ModuleList(_TokenMLP(width, norm, norm_eps) for _ in range(layers))
+        self.positions = positions
+        self.layers = nn.ModuleList(_TokenMLP(width, norm, norm_eps, mlp_bias) for _ in range(layers))
         self.norm = make_norm(norm, width, norm_eps)
-        self.proj = nn.Linear(width, patch * patch * channels)
+        self.proj = nn.Linear(width, patch * patch * channels, bias=bias)
 
     def compute(self, hidden: Tensor) -> Tensor:
         if self.drop is not None:
             hidden = hidden[:, 1:] if self.drop == "first" else hidden[:, :-1]
         if self.inner is not None:
             hidden = self.inner(hidden.to(self.inner.weight.dtype))
+        if self.positions is not None:
+            side = math.isqrt(hidden.shape[1] + (self.drop == "last"))
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            places = sincos_positions(side, side, hidden.shape[-1], wide, hidden.device)
+            hidden = (hidden + places[: hidden.shape[1]]).to(hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden)
         return self.proj(self.norm(hidden).to(self.proj.weight.dtype))
@@ -138,17 +155,18 @@ class PatchHead(ReadWriteBlock):
         return {"proj.weight": "adamw"}
 
     def init_spec(self) -> dict[str, Init]:
-        spec: dict[str, Init] = {"proj.weight": Normal(0.02), "proj.bias": Zeros()} | norm_spec("norm", self.norm)
+        spec: dict[str, Init] = {"proj.weight": Normal(0.02)} | norm_spec("norm", self.norm)
+        spec |= {} if self.proj.bias is None else {"proj.bias": Zeros()}
         return spec if self.inner is None else spec | {"inner.weight": Normal(0.02), "inner.bias": Zeros()}
 
 
 class _TokenMLP(nn.Module):
     """``x + mlp(norm(x))``."""
 
-    def __init__(self, dim: int, norm: str, norm_eps: float) -> None:
+    def __init__(self, dim: int, norm: str, norm_eps: float, bias: bool = True) -> None:
         super().__init__()
         self.norm = make_norm(norm, dim, norm_eps)
-        self.mlp = MLP(dim, ratio=4.0, activation="gelu")
+        self.mlp = MLP(dim, ratio=4.0, activation="gelu", bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.norm(x))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal
+from l3m_like.layers.patch_embed import sincos_positions
 
 
 class TokenEmbed(ReadWriteBlock):
@@ -46,7 +47,7 @@ class TokenEmbed(ReadWriteBlock):
 
 
 class PlacedTokenEmbed(TokenEmbed):
-    """Token vectors plus learned vectors of their positions (GPT).
+    """Token vectors plus vectors of their positions: learned ones (GPT), or fixed sinusoids.
 
     Reads   ids [B, S] int64; positions [B, S] int64 (without: 0, 1, 2, ...)
     Writes  tokens [B, S, D]
@@ -54,30 +55,39 @@ class PlacedTokenEmbed(TokenEmbed):
     Args:
         vocab_size, dim: as ``TokenEmbed``.
         max_positions: rows of the table of positions; no position may be above.
+        fixed: the sinusoids of a grid of one column (``PatchEmbed``), which are the second half of a vector.
         ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
     """
 
-    def __init__(self, vocab_size: int, dim: int, max_positions: int, **ports: Any) -> None:
+    def __init__(self, vocab_size: int, dim: int, max_positions: int, fixed: bool = False, **ports: Any) -> None:
         super().__init__(vocab_size, dim, **ports)
         if max_positions < 1:
             raise UserError(f"PlacedTokenEmbed: max_positions must be at least 1, got {max_positions}.")
-        self.place = nn.Embedding(max_positions, dim)
+        if fixed and dim % 4:
+            raise UserError(f"PlacedTokenEmbed: dim must be a multiple of 4 for its sinusoids, got {dim}.")
+        self.max_positions = max_positions
+        self.place = None if fixed else nn.Embedding(max_positions, dim)
 
     def compute(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if ids.shape[1] > self.place.num_embeddings and positions is None:
+        if ids.shape[1] > self.max_positions and positions is None:
             raise UserError(
-                f"PlacedTokenEmbed: {ids.shape[1]} tokens, and vectors for {self.place.num_embeddings} positions; raise "
+                f"PlacedTokenEmbed: {ids.shape[1]} tokens, and vectors for {self.max_positions} positions; raise "
                 "max_positions or lower sequence."
             )
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
-        return self.embed(ids) + self.place(positions)
+        tokens = self.embed(ids)
+        if self.place is not None:
+            return tokens + self.place(positions)
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        table = sincos_positions(self.max_positions, 1, tokens.shape[-1], dtype, tokens.device)
+        return (tokens + table[positions]).to(tokens.dtype)
 
     def flops(self, ids: Tensor, positions: Tensor | None = None) -> int:  # type: ignore[override]
         return 0
 
     def tp_plan(self) -> dict[str, str]:
-        return {"embed": "vocab", "place": "replicated"}
+        return {"embed": "vocab"} if self.place is None else {"embed": "vocab", "place": "replicated"}
 
     def init_spec(self) -> dict[str, Init]:
-        return {"embed.weight": Normal(0.02), "place.weight": Normal(0.02)}
+        return {f"{name}.weight": Normal(0.02) for name, _ in self.named_children()}

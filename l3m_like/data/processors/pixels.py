@@ -11,7 +11,7 @@ import torch
 
 from l3m_like.core.errors import UserError
 from l3m_like.core.keys import KeySpec
-from l3m_like.data.augmentations import Augmentation, RandomResizedCrop
+from l3m_like.data.augmentations import Augmentation, MiddleCrop, RandomResizedCrop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +29,7 @@ class Pixels:
             (bicubic).
         channels: 1 (grey) or 3 (RGB).
         flip: mirror left-right with chance 1/2, drawn anew for every sample and epoch.
-        crop: takes another part than the middle.
+        crop: takes another part than the whole middle.
         augment: further changes of the square, in this order.
 
     A picture is turned as its EXIF data says; 16 bits become 8; what is transparent becomes white.
@@ -45,7 +45,7 @@ class Pixels:
         size: int,
         channels: int = 3,
         flip: bool = False,
-        crop: RandomResizedCrop | None = None,
+        crop: RandomResizedCrop | MiddleCrop | None = None,
         augment: Sequence[Augmentation] = (),
     ) -> None:
         if channels not in (1, 3):
