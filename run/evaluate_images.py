@@ -67,7 +67,8 @@ def evaluate(args: argparse.Namespace) -> int:
     extractor.check()
     metrics = args.metrics.split(",")
     Statistics(metrics)
-    generated, others = (pictures(written, args, mesh) for written in (args.made, args.real))
+    named(args.real)  # a mistake is found before pictures are made
+    generated = pictures(args.made, args, mesh)
     accuracy = None
     if args.judge is not None:
         if generated.label is None:
@@ -76,6 +77,7 @@ def evaluate(args: argparse.Namespace) -> int:
         accuracy.judge.check()
     batches = generated.batches if accuracy is None else accuracy.watch(generated.batches)
     made = collect_statistics(batches, extractor, Statistics(metrics, generated.count), mesh)
+    others = pictures(args.real, args, mesh)  # not before: two models need not be in memory
     real = collect_statistics(others.batches, extractor, Statistics(metrics, others.count), mesh)
     values = compare(real, made, metrics, 3, mesh)
     result = {**values, "generated": made.count, "real": real.count, "extractor": extractor.name}
@@ -92,6 +94,21 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def named(written: str) -> tuple[str, str, str]:
+    """(path, name of the data, kind) of a word of the command line."""
+    from l3m_like.core.errors import UserError
+
+    path, *words = written.split(":")
+    name, kind, *more = (*words, "", "") if len(words) < 2 else words
+    if any(more):
+        raise UserError(f"{written}: it has {len(words) + 1} parts; write PATH, PATH:NAME or PATH:NAME:gaussians.")
+    if kind not in ("", "gaussians"):
+        raise UserError(f"{written}: after the name of the data stands nothing or 'gaussians', not '{kind}'.")
+    if not Path(path).exists():
+        raise UserError(f"{written}: there is no {path}. Give a run, a folder of pictures or an .npz file.")
+    return path, name, kind
+
+
 def pictures(written: str, args: argparse.Namespace, mesh: Any) -> Any:
     """The set of pictures that a word of the command line names."""
     from l3m_like import load
@@ -99,15 +116,13 @@ def pictures(written: str, args: argparse.Namespace, mesh: Any) -> Any:
     from l3m_like.core.errors import UserError, did_you_mean
     from l3m_like.evaluations.pictures import Pictures, of_dataset, of_files, of_gaussians
 
-    path, name, kind = (*written.split(":"), "", "")[:3]
+    path, name, kind = named(written)
     config = Path(path) / "config.yaml" if Path(path).is_dir() else Path(path)
     if name:
         cfg = RunConfig.from_file(config)
         places = {"train": "data.train"} | {n: f"evals.{n}.data" for n, e in cfg.evals.items() if e.data is not None}
         if name not in places:
             raise UserError(f"{written}: there is no such data. {did_you_mean(name, places)}")
-        if kind not in ("", "gaussians"):
-            raise UserError(f"{written}: after the name of the data stands nothing or 'gaussians', not '{kind}'.")
         make = of_gaussians if kind else of_dataset
         return make(cfg.instantiate(places[name]), args.batch, mesh, args.samples)
     if not config.is_file() or config.suffix != ".yaml":
@@ -118,7 +133,8 @@ def pictures(written: str, args: argparse.Namespace, mesh: Any) -> Any:
     sampler = loaded.config.instantiate("sample")
     if not hasattr(sampler, "chunks"):
         raise UserError(f"{written}: its sampler, {type(sampler).__name__}, makes no pictures.")
-    return Pictures(sampler.num_samples, sampler.chunks(loaded.model, mesh), getattr(sampler, "label", None))
+    label = None if getattr(sampler, "embeddings", None) else getattr(sampler, "label", None)  # else numbers of texts
+    return Pictures(sampler.num_samples, sampler.chunks(loaded.model, mesh), label)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Judge:
         self._network: Extractor | None = None
 
     def check(self) -> None:
-        """Raise a UserError if it cannot be loaded."""
+        """Raise a UserError if it cannot be loaded, or its data have no size of pictures."""
         self._build(torch.device("cpu"))
 
     def _build(self, device: torch.device) -> Extractor:
@@ -45,9 +45,15 @@ class Judge:
                 raise UserError(
                     f"Judge: {self.run} is a config, whose classifier has learned nothing; give the directory of a run."
                 )
+            process = loaded.processor()
+            if not hasattr(process, "shape"):
+                raise UserError(
+                    f"Judge: the data of {self.run} do not say how large pictures are; their `process` is "
+                    f"{type(process).__name__}, where one of pictures (l3m_like.data.ClassImage) is needed."
+                )
             keys = (self.stream, f"{self.stream}_label", "row")
             self._network = Extractor(loaded.model, f"{self.stream}_logits", keys)
-            self._model, self._process = loaded.model, loaded.processor()
+            self._model, self._process = loaded.model, process
             #: stands beside each result
             self.name = f"{self.run.name}, step {loaded.step}{', averaged weights' if self.ema else ''}"
         self._model.to(device)

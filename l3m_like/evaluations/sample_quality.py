@@ -65,6 +65,10 @@ class SampleQuality:
             raise UserError(
                 f"SampleQuality: {type(self.sampler).__name__} does not say which classes its samples are of: no judge."
             )
+        if judge is not None and getattr(self.sampler, "embeddings", None):
+            raise UserError(
+                f"SampleQuality: samples are of texts (embeddings = {self.sampler.embeddings}), which are no classes: no judge."
+            )
         self.data, self.extractor, self.metrics, self.judge = data, extractor, tuple(metrics), judge
         if most <= neighbours:
             raise UserError(f"SampleQuality: most is {most}; it must be above neighbours ({neighbours}).")

@@ -137,8 +137,11 @@ AIMV2_VISION = Family(
     spellings={r"vision_model\.(.*)": r"\1"},
     reads=("aimv2",),
     free=("use_head",),
+    colours=vit.colours,
 )
-AIMV2 = Family("aimv2", "AIMv2Model", own_names, describe_own, normal_own, KNOBS, ignored=(r"head\..*",))
+AIMV2 = Family(
+    "aimv2", "AIMv2Model", own_names, describe_own, normal_own, KNOBS, ignored=(r"head\..*",), colours=vit.colours
+)
 AIMV1 = Family(
     "aimv1", "AIM", own_names, describe_first, normal_first, KNOBS, ignored=(r"head\..*",), layout="file"
 )  # its head: a probe

@@ -249,8 +249,15 @@ def normal_image_tower(config: Mapping[str, Any]) -> dict[str, Any]:
     return _normal(_CLIP, {"vision_config": config.get("vision_config", config)})["vision_config"]
 
 
-CLIP = Family("clip", "CLIPModel", clip_names, describe_clip, normal_clip, KNOBS, ignored=(r".*\.position_ids",))
-SIGLIP = Family("siglip", "SiglipModel", siglip_names, describe_siglip, normal_siglip, KNOBS, ignored=(r".*\.position_ids",))
+def _colours(model: nn.Module) -> tuple[list[float], list[float]]:
+    return vit.colours(model, "image.preprocessor")
+
+
+_IGNORED = (r".*\.position_ids",)
+CLIP = Family("clip", "CLIPModel", clip_names, describe_clip, normal_clip, KNOBS, ignored=_IGNORED, colours=_colours)
+SIGLIP = Family(
+    "siglip", "SiglipModel", siglip_names, describe_siglip, normal_siglip, KNOBS, ignored=_IGNORED, colours=_colours
+)
 CLIP_VISION = Family(
     "clip_vision_model",
     "CLIPVisionModel",
@@ -261,4 +268,5 @@ CLIP_VISION = Family(
     ignored=(r".*\.position_ids", r"(text_model|text_projection|visual_projection)\..*", "logit_scale"),
     spellings={r"vision_model\.(.*)": r"\1"},
     reads=("clip",),
+    colours=vit.colours,
 )

@@ -60,6 +60,8 @@ class Family:
         constants: tensors of published files that are computed here: compared when they are read, and written. On the CPU, in
             float64.
         free: fields that change no output of given weights: they are written, and not compared.
+        colours: mean and deviation of the colours in [0, 1] that a model takes out of images: compared with what a folder says
+            of its images, and written. None: nothing is known of them.
         sized_by: ``{field: path of the block that it is about}``: not compared where that one begins with random weights.
     """
 
@@ -76,6 +78,7 @@ class Family:
     constants: Callable[[nn.Module], Mapping[str, Tensor]] = lambda model: {}
     free: tuple[str, ...] = ()
     sized_by: Mapping[str, str] = field(default_factory=dict)
+    colours: Callable[[nn.Module], tuple[list[float], list[float]] | None] = lambda model: None
 
     def templates(self, model: nn.Module) -> Templates:
         """``names`` of ``model``.

@@ -24,6 +24,8 @@ from l3m_like.core.errors import UserError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+#: what transformers makes of images
+PREPROCESSOR = "preprocessor_config.json"
 #: how diffusers calls them
 DIFFUSERS_SINGLE = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -35,16 +37,15 @@ STATE_FILES = (".pt", ".pth", ".bin")
 KINDS = (
     ("dit_dh", "s_embedder.proj.weight"),
     ("sit", "x_embedder.proj.weight"),
-    ("rae_decoder", "decoder_embed.weight"),
-    ("rae_decoder", "decoder.decoder_embed.weight"),
+    ("rae_decoder", "trainable_cls_token"),  # not decoder_embed.weight, which MAE's files hold too
+    ("rae_decoder", "decoder.trainable_cls_token"),
     ("aimv2", "trunk.blocks.0.mlp.fc3.weight"),
     ("aimv1", "trunk.post_trunk_norm.bias"),
 )
 #: what a folder holds beside weights and config.json, as the tokenizers of transformers and its generation read it
 SMALL_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "preprocessor_config.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", PREPROCESSOR,
 )  # fmt: skip
 #: as safetensors calls them
 DTYPES = {
@@ -117,6 +118,17 @@ class Folder:
         if found is None:
             raise UserError(f"{self.path / CONFIG} has no model_type.")
         return found
+
+    @property
+    def colours(self) -> tuple[list[float], list[float]] | None:
+        """Mean and deviation of the colours in [0, 1] of the images that the model was trained on, where files say so."""
+        fields, names = self.config.get("pretrained_cfg") or {}, ("mean", "std")
+        if (self.path / PREPROCESSOR).is_file():
+            fields, names = _json(self.path / PREPROCESSOR), ("image_mean", "image_std")
+        found = [fields.get(name) for name in names]
+        if fields.get("do_normalize") is False or not all(isinstance(numbers, list) for numbers in found):
+            return None
+        return found[0], found[1]
 
     def respell(self, spellings: Mapping[str, str]) -> None:
         """Call tensors by other names: ``{pattern (regular expression): replacement}``."""
@@ -217,10 +229,13 @@ def _of_hub(name: str, setting: str, download: bool) -> Path:
     patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG, *SMALL_FILES]
     missing = f"{setting} = {name}: no such folder here, and the hub's cache has no such model"
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        if not download:
-            raise FolderMissing(f"{missing}.") from error
+        path = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        if any(path.glob("*.safetensors")) or (path / PICKLED).is_file():  # else a tokenizer was all that was asked for
+            return path
+    except LocalEntryNotFoundError:
+        pass
+    if not download:
+        raise FolderMissing(f"{missing}, or no weights of it.")
     try:
         path = Path(snapshot_download(name, allow_patterns=patterns))
         if not any(path.glob("*.safetensors")):

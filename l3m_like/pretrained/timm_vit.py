@@ -77,6 +77,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
             f"the eps of its norms is {features.norm.eps}, for which timm's config.json has no place; norm_eps: 1e-6."
         )
     size, channels = image["image_size"], image["num_channels"]
+    mean, std = vit.embed_colours(embed)
     return {
         "architecture": _BASE,
         "num_classes": head.proj.out_features,
@@ -92,11 +93,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
             "mlp_ratio": fields["intermediate_size"] / embed.dim,
             "act_layer": fields["hidden_act"].replace("gelu_pytorch_tanh", "gelu_tanh"),
         },
-        "pretrained_cfg": {  # images are in [-1, 1]
+        "pretrained_cfg": {
             "input_size": [channels, size, size],
             "fixed_input_size": True,
-            "mean": [0.5] * channels,
-            "std": [0.5] * channels,
+            "mean": mean,
+            "std": std,
             "num_classes": head.proj.out_features,
             "classifier": "head",
             "first_conv": "patch_embed.proj",
@@ -155,6 +156,7 @@ FAMILY = Family(
     layout="timm",
     constants=constants,
     free=("pretrained_cfg",),
+    colours=vit.colours,
     sized_by={"num_classes": "head", "global_pool": "head"},
 )
 

@@ -47,6 +47,18 @@ def placed(model: nn.Module, kind: type[Block], part: str) -> tuple[str, Block]:
     return found[0]
 
 
+def colours(model: nn.Module, part: str = "preprocessor") -> tuple[list[float], list[float]]:
+    """Mean and deviation of the colours of a model's images in [0, 1], a number for each channel; see ``placed``."""
+    return embed_colours(placed(model, PatchEmbed, part)[1])
+
+
+def embed_colours(embed: PatchEmbed) -> tuple[list[float], list[float]]:
+    """As ``colours``; images in [-1, 1] as they are have 0.5 and 0.5."""
+    if embed.colours is None:
+        return [0.5] * embed.shape[0], [0.5] * embed.shape[0]
+    return list(embed.colours.mean), list(embed.colours.std)
+
+
 def patch_names(ours: str, theirs: str, embed: PatchEmbed) -> Templates:
     """Names of the projection of patches, a convolution there."""
     return {

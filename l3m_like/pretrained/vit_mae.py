@@ -32,6 +32,7 @@ _DEFAULTS = {
     "num_channels": 3,
     "qkv_bias": True,
     "mask_ratio": 0.75,
+    "norm_pix_loss": False,
     "decoder_hidden_size": 512,
     "decoder_num_hidden_layers": 8,
     "decoder_num_attention_heads": 16,
@@ -101,7 +102,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     decoder.the_eps(encoder["layer_norm_eps"], fields["layer_norm_eps"], head.norm.eps)
     decoder.common([{"hidden_act": part["hidden_act"]} for part in (encoder, fields)], "part")
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    return {**encoder, **{f"decoder_{name}": fields[name] for name in sizes}, "mask_ratio": mask.ratio}
+    made = {f"decoder_{name}": fields[name] for name in sizes}
+    return {**encoder, **made, "mask_ratio": mask.ratio, "norm_pix_loss": True}  # see PatchRegression
 
 
 def normal(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +133,8 @@ FAMILY = Family(
     KNOBS,
     spellings=SPELLINGS,
     constants=constants,
-    free=("mask_ratio",),
+    free=("mask_ratio", "norm_pix_loss"),
+    colours=vit.colours,
 )
 ENCODER = Family(
     "vit_mae_encoder",
@@ -144,4 +147,5 @@ ENCODER = Family(
     spellings=SPELLINGS,
     constants=_encoder_places,
     reads=("vit_mae",),
+    colours=vit.colours,
 )

@@ -60,7 +60,7 @@ def _names(path: str, block: HFModel) -> Templates:
     for name, _ in block.model.named_parameters():
         theirs, parts = name, ()
         for step in reversed(steps):  # from the class back to the files
-            (target, *others), sources = step.target_patterns, step.source_patterns
+            (target, *others), sources = step.target_patterns, [source.replace(r"\.", ".") for source in step.source_patterns]
             done = [type(operation).__name__ for operation in getattr(step, "operations", None) or ()]
             if others or target not in theirs:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from l3m_like.distributed.mesh import build_mesh
 from l3m_like.pretrained.families import Family, family, family_of
 from l3m_like.pretrained.folder import (
     CONFIG,
+    PREPROCESSOR,
     STATE_FILES,
     Folder,
     FolderMissing,
@@ -33,6 +35,7 @@ from l3m_like.pretrained.name_map import NameMap, export_tensor
 from l3m_like.pretrained.wrapped import wrapped_family
 from l3m_like.training.build import build_model
 from l3m_like.training.checkpoint import Checkpointer, WholeTensors
+from l3m_like.training.hugging_face import same_colours
 from l3m_like.training.load import load
 from l3m_like.training.lora import adapter_names, adapters
 from l3m_like.training.start_from import find_checkpoint, frozen_parts
@@ -63,8 +66,8 @@ def export(
             if the run kept averages, ``ema``; with ``ema``, the averaged state alone.
         step: of the checkpoint; None: the newest.
         ema: the averaged weights.
-        dtype: of the parameters; None: those of the folder that the run began from, else those of the checkpoint. Buffers keep
-            theirs.
+        dtype: of the parameters; None: those of the folder that the run began from, else those of the checkpoint. Buffers,
+            constants and what a module reads as it is stored (``full_precision``) keep theirs.
         most: bytes of a file.
         family_name: see ``families.family``; None: that of the folder that the run began from, else the one that fits.
         part: path of the part that is written (``decoder``); None: the whole model.
@@ -104,7 +107,8 @@ def export(
     first = next(iter(layout.values()))[0]
     config = _config(cfg, model, of, source, first)
     for name, value in constants.items():
-        layout[name] = source.tensors[name].dtype if source and name in source.tensors else first, tuple(value.shape)
+        kept = source.tensors[name].dtype if source and name in source.tensors else torch.promote_types(first, torch.float32)
+        layout[name] = kept, tuple(value.shape)
     out.mkdir(parents=True, exist_ok=True)
     stem = "diffusion_pytorch_model" if of.layout == "diffusers" else "model"
 
@@ -115,6 +119,7 @@ def export(
     if source is not None:
         for path in small_files(source.path):
             shutil.copyfile(path, out / path.name)
+        _write_colours(out / PREPROCESSOR, of, model, source)
     elif of.layout == "transformers":
         notes += _write_tokenizer(cfg, out, config)
     write_json(out / CONFIG, config)  # last: without it the folder is none
@@ -133,9 +138,11 @@ def _write_state_file(
     made: dict[str, dict[str, Tensor]] = {}
     for state, tensors in states.items():
         values = {name: export_tensor(names, names.copies.get(name, name), tensors) for name in names.shapes}
-        wide = dtype or next(iter(values.values())).dtype
+        wide = torch.promote_types(dtype or next(iter(values.values())).dtype, torch.float32)
         fixed = {name: value.to(wide) for name, value in of.constants(model).items()}
-        made[state] = {name: value.to(dtype or value.dtype).contiguous() for name, value in values.items()} | fixed
+        first = {name: names.theirs[names.copies.get(name, name)][0].ours for name in values}
+        cast = {name: _dtype(name, (value.dtype, tensors.casts(first[name])), dtype, None) for name, value in values.items()}
+        made[state] = {name: value.to(cast[name]).contiguous() for name, value in values.items()} | fixed
     out.parent.mkdir(parents=True, exist_ok=True)
     write_state(out, made)
     held = " and ".join(f"'{name}'" for name in made if name) or "averaged"
@@ -174,7 +181,9 @@ class _Saved(Mapping[str, Tensor]):
 
     def __init__(self, model: nn.Module, names: NameMap, whole: WholeTensors, ema: bool, inside: str = "") -> None:
         averaged = {name for name, p in model.named_parameters() if ema and p.requires_grad}
-        self._buffers = {name for name, _ in model.named_buffers()}
+        exact = [(path, module) for path, module in model.named_modules() if getattr(module, "full_precision", False)]
+        self._exact = {name for name, _ in model.named_buffers()}
+        self._exact |= {f"{path}.{name}" if path else name for path, module in exact for name, _ in module.named_parameters()}
         stored = [*names.pieces, *adapter_names(model)]
         self._keys = {name: f"{'ema' if name in averaged else 'model'}/{inside}{name}" for name in stored}
         self._adapters = {f"{path}.weight": layer for path, layer in adapters(model).items()}
@@ -182,9 +191,13 @@ class _Saved(Mapping[str, Tensor]):
         self._kept: dict[str, Tensor] = {}
 
     def dtype(self, name: str) -> tuple[torch.dtype, bool]:
-        """(dtype in the checkpoint, is it a parameter)."""
+        """(dtype in the checkpoint, may it be cast)."""
         key = self._keys[name]
-        return (self._whole.dtype(key) if key in self._whole.index else torch.float32), name not in self._buffers
+        return (self._whole.dtype(key) if key in self._whole.index else torch.float32), self.casts(name)
+
+    def casts(self, name: str) -> bool:
+        """Whether it may have another dtype: not a buffer, nor a parameter of a module with ``full_precision``."""
+        return name not in self._exact
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._kept:
@@ -275,8 +288,8 @@ def _source(cfg: RunConfig, part: str | None) -> tuple[Folder | None, list[str]]
 
 
 def _dtype(name: str, saved: tuple[torch.dtype, bool], asked: torch.dtype | None, source: Folder | None) -> torch.dtype:
-    dtype, is_parameter = saved
-    if asked is not None and is_parameter and dtype.is_floating_point:
+    dtype, casts = saved
+    if asked is not None and casts and dtype.is_floating_point:
         return asked
     return source.tensors[name].dtype if source is not None and name in source.tensors and asked is None else dtype
 
@@ -293,10 +306,12 @@ def _config(cfg: RunConfig, model: nn.Module, of: Family, source: Folder | None,
         kept = dict(source.config)
         if "rope_parameters" in changed:  # the older spelling, which readers would prefer
             kept = {field: value for field, value in kept.items() if field not in ("rope_scaling", "rope_theta")}
-        for field in [field for field in changed if field.endswith("_config")]:  # of one of its towers
+        for field in [field for field in changed if field.endswith(("_config", "_cfg"))]:  # of one of its towers, or timm's
             changed[field] = {**kept.get(field, {}), **changed[field]}
-        if of.layout == "timm":
-            return {**kept, **changed}
+        if of.layout == "timm":  # its arguments are stronger than its fields
+            arguments = {**kept.get("model_args", {}), **changed.get("model_args", {})}
+            arguments |= {name: ours[name] for name in ("num_classes", "global_pool") if name in {*arguments, *changed}}
+            return {**kept, **changed} | ({"model_args": arguments} if arguments else {})
         old = {"torch_dtype"} & set(source.config)
         return {**kept, **changed, (old.pop() if old else "dtype"): name}
     if of.layout == "timm":
@@ -305,6 +320,14 @@ def _config(cfg: RunConfig, model: nn.Module, of: Family, source: Folder | None,
     train = cfg.to_dict()["data"]["train"]
     length = (train.get("pack") or {}).get("length")
     return config if length is None else {**config, "max_position_embeddings": length}
+
+
+def _write_colours(path: Path, of: Family, model: nn.Module, source: Folder) -> None:
+    """Into the copied file ``path`` the colours that the model takes out of images, where it says others."""
+    ours, theirs = of.colours(model), source.colours
+    if path.is_file() and ours is not None and theirs is not None and not same_colours(ours, theirs):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {**fields, "image_mean": ours[0], "image_std": ours[1]})
 
 
 def _write_tokenizer(cfg: RunConfig, out: Path, config: dict[str, Any]) -> list[str]:

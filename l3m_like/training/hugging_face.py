@@ -152,6 +152,7 @@ def _config_differences(model: nn.Module, folder: Folder, family: Family, random
     except UserError as error:
         return [f"model_type is {family.model_type} there, but the model is another: {error}"]
     theirs = _flat(family.normal(folder.config))
+    lines = _other_colours(family.colours(model), folder.colours)
     if isinstance(folder, StateFile) and not theirs:
         return []  # it says nothing but its tensors
     anew = {field for field, block in family.sized_by.items() if f"{block}.".startswith(tuple(f"{path}." for path in random))}
@@ -160,7 +161,6 @@ def _config_differences(model: nn.Module, folder: Folder, family: Family, random
         {name: value for name, value in fields.items() if skipped.isdisjoint((name, name.partition(".")[0]))}
         for fields in (ours, theirs)
     )
-    lines = []
     for name, value in ours.items():
         if name not in theirs or theirs[name] != value:
             lines.append(f"{name} is {theirs.get(name, 'absent')} there and {value} here{_fix(family, name, theirs.get(name))}.")
@@ -169,6 +169,23 @@ def _config_differences(model: nn.Module, folder: Folder, family: Family, random
         if name not in ours and name.partition(".")[0] in nested:
             lines.append(f"{name} is {value} there and absent here{_fix(family, name)}.")
     return lines
+
+
+def same_colours(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> bool:
+    """Whether two pairs of mean and deviation are the same, but for how many digits are written."""
+    pairs = list(zip(ours, theirs, strict=True))
+    return all(len(a) == len(b) and all(abs(x - y) < 1e-4 for x, y in zip(a, b, strict=True)) for a, b in pairs)
+
+
+def _other_colours(
+    ours: tuple[list[float], list[float]] | None, theirs: tuple[list[float], list[float]] | None
+) -> list[str]:
+    if ours is None or theirs is None or len(ours[0]) != len(theirs[0]) or same_colours(ours, theirs):
+        return []
+    plain = same_colours(theirs, ([0.5] * len(ours[0]),) * 2)
+    fix = "null" if plain else f"{{_target_: l3m_like.layers.Colours, mean: {theirs[0]}, std: {theirs[1]}}}"
+    there = f"images have the mean {theirs[0]} and deviation {theirs[1]} there"
+    return [f"{there}, {ours[0]} and {ours[1]} here; set colours: {fix}."]
 
 
 def _fix(family: Family, name: str, value: Any = None) -> str:

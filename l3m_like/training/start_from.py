@@ -136,13 +136,25 @@ def starts(model: nn.Module, init: Init) -> list[Start]:
     """What ``init`` fills, the whole model before its parts.
 
     Raises:
-        UserError: a path in ``init.parts`` that is no part of the model; one in ``init.random`` without parameters.
+        UserError: a path in ``init.parts`` that is no part of the model; one in ``init.random`` without parameters
+            of its own, or that is or holds one in ``init.parts``.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     for path in init.random:
         if path not in modules or not any(True for _ in modules[path].parameters()):
             with_weights = [name for name, module in modules.items() if any(True for _ in module.parameters())]
             raise UserError(f"init.random: '{path}' is nothing in the model that has weights. {did_you_mean(path, with_weights)}")
+
+    anew = tuple(f"{path}." for path in init.random)
+    begin = {id(parameter) for name, parameter in model.named_parameters() if name.startswith(anew)}
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for path in init.random:
+        own = list(modules[path].parameters())
+        if not any(id(parameter) in begin for parameter in own):
+            raise UserError(
+                f"init.random: the parameters of '{path}' are tied to others ('{first[id(own[0])]}'), which do not begin anew. "
+                "Name the part that holds these as well, or untie them."
+            )
 
     def below(inside: str, paths: Iterable[str]) -> tuple[str, ...]:
         return tuple(path.removeprefix(f"{inside}.") for path in paths if path.startswith(f"{inside}."))
@@ -158,6 +170,11 @@ def starts(model: nn.Module, init: Init) -> list[Start]:
             raise UserError(f"init.parts: '{path}' is no part of the model with weights of its own. {did_you_mean(path, paths)}")
         part = modules[path]
         inner, inside = (part.model, f"{path}.model") if isinstance(part, (Frozen, Tower)) else (part, path)
+        above = [name for name in init.random if f"{inside}.".startswith(f"{name}.")]
+        if above:
+            raise UserError(
+                f"init.random: '{above[0]}' is, or holds, '{path}', which gets weights from init.parts. Remove one of the two."
+            )
         within = below(inside, init.parts), below(inside, init.random)
         found.append(Start(inner, path, where, f"init.parts.{path}", init.strict, within[0], random=within[1]))
     return found

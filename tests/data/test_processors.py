@@ -546,6 +546,13 @@ def test_processors_are_written_in_yaml(wrong: dict, message: str | None, cat: I
     assert process({"png": encoded(cat), "txt": b"a cat"}, VISIT)["image"].shape == (3, 32, 32)
 
 
+def test_padding_of_captions() -> None:
+    padded = CaptionedImage(8, "bytes", vocab_size=257, max_tokens=4, pad=1).padded([5, 6])
+    assert padded["text_ids"].tolist() == [5, 6, 1, 1] and padded["text_mask"].tolist() == [True, True, False, False]
+    with pytest.raises(UserError, match="pad is 257"):
+        CaptionedImage(8, "bytes", vocab_size=257, max_tokens=4, pad=257)
+
+
 def test_captioned_image(cat: Image.Image, folder: Path) -> None:
     picture = encoded(cat, "JPEG")
     process = CaptionedImage(32, vocab_size=257, max_tokens=8, flip=True)

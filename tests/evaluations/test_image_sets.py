@@ -372,3 +372,22 @@ def test_a_huge_set_is_drawn_from() -> None:
     assert drawn_of(40, 64, 50)[0].features[:, 0].tolist() == list(range(40))  # all, in their order
     few, _ = drawn_of(40, 64, 50)
     assert described(few, statistics) == "40 generated, 1000 real (precision and recall: 40 and 50 of them)"
+
+
+def test_what_cannot_be_judged(monkeypatch, tmp_path) -> None:
+    from l3m_like.evaluations import judge as module
+    from run import evaluate_images
+
+    texts = FlowODE((1, 8, 8), 10, steps=2, num_samples=4, embeddings="texts.npy")
+    with pytest.raises(UserError, match="samples are of texts"):
+        SampleQuality(SimpleNamespace(), Corners(), texts, judge=SimpleNamespace())
+    loaded = SimpleNamespace(step=2, model=None, processor=lambda: None)
+    monkeypatch.setattr(module, "load", lambda *args: loaded)
+    judge = Judge("somewhere")
+    for _ in range(2):
+        with pytest.raises(UserError, match="do not say how large pictures are"):
+            judge.check()
+    with pytest.raises(UserError, match="it has 4 parts"):
+        evaluate_images.named(f"{tmp_path}:train:gaussians:more")
+    assert evaluate_images.named(f"{tmp_path}:train:gaussians") == (str(tmp_path), "train", "gaussians")
+    assert evaluate_images.named(str(tmp_path)) == (str(tmp_path), "", "")

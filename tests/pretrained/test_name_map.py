@@ -141,3 +141,20 @@ def test_families_are_found_by_model_type() -> None:
         family_of(nn.Linear(1, 1))
     assert family_of(config("mistral", None).instantiate("model")).model_type == "mistral"
     assert family_of(config("mistral", None, "window=null").instantiate("model")).model_type == "llama"
+
+
+def test_which_files_are_which(tmp_path, monkeypatch) -> None:
+    import huggingface_hub
+
+    from l3m_like.pretrained.folder import FolderMissing, find_folder
+
+    for name, keys in (("mae.pth", ["decoder_embed.weight"]), ("rae.pth", ["decoder_embed.weight", "trainable_cls_token"])):
+        torch.save(dict.fromkeys(keys, torch.zeros(1)), tmp_path / name)
+    assert find_folder(str(tmp_path / "rae.pth"), "init.from").model_type == "rae_decoder"
+    with pytest.raises(UserError, match="is of no kind that is known"):
+        _ = find_folder(str(tmp_path / "mae.pth"), "init.from").model_type
+    (tmp_path / "cached").mkdir()
+    (tmp_path / "cached" / "config.json").write_text("{}")  # as a tokenizer alone leaves it
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **settings: str(tmp_path / "cached"))
+    with pytest.raises(FolderMissing, match="or no weights of it"):
+        find_folder("someone/something", "init.from", download=False)

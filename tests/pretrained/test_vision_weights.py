@@ -293,6 +293,64 @@ def test_an_encoder_with_a_new_head(kind: str, published, tmp_path) -> None:
     assert torch.equal(model.head.proj.weight, fresh.head.proj.weight)
 
 
+COLOURS = "colours={{_target_: l3m_like.layers.Colours, mean: {0}, std: {1}}}"
+CLIPS = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+def write(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields))
+
+
+def test_a_tuned_head_is_read_by_timm(published, tmp_path) -> None:
+    """Where the source's arguments name its number of classes, which timm takes before all else."""
+    source = shutil.copytree(published["timm"][0], tmp_path / "source")
+    there = json.loads((source / "config.json").read_text())
+    there["model_args"] = {**there.get("model_args", {}), "num_classes": 5, "global_pool": "token"}
+    there["pretrained_cfg"] |= {"crop_pct": 0.8, "interpolation": "bilinear", "mean": CLIPS[0], "std": CLIPS[1]}
+    write(source / "config.json", there)
+    with pytest.raises(UserError, match=r"images have the mean \[0.48.* there, .*set colours: {_target_: .*, mean: \[0.48"):
+        load(config("vit", source, *VIT, random=["head"]))
+    cfg = config("vit", source, *VIT, COLOURS.format(*CLIPS), random=["head"])
+    model = load(cfg, dtype="float64").model
+    saved(cfg, model, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    mine = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert mine["num_classes"] == mine["model_args"]["num_classes"] == mine["pretrained_cfg"]["num_classes"] == 7
+    assert {name: mine["pretrained_cfg"][name] for name in ("crop_pct", "interpolation")} == {
+        "crop_pct": 0.8, "interpolation": "bilinear"
+    }  # fmt: skip
+    assert (mine["pretrained_cfg"]["mean"], mine["pretrained_cfg"]["std"]) == CLIPS
+    again, data = reload("timm", tmp_path / "out"), batch()
+    with torch.no_grad():
+        mean, std = (torch.tensor(numbers, dtype=torch.float64).view(3, 1, 1) for numbers in CLIPS)
+        right = again(((data["image"] + 1) / 2 - mean) / std)
+        found = model(data, model.inference())["image_logits"]
+    assert right.shape == (3, 7) and torch.allclose(found, right, atol=1e-5)
+
+
+def test_colours_of_a_folder(published, tmp_path) -> None:
+    """They are compared with the model's, and an export writes the model's."""
+    source = shutil.copytree(published["clip"][0], tmp_path / "source")
+    preprocessor = {"crop_size": 28, "image_mean": CLIPS[0], "image_std": CLIPS[1]}
+    write(source / "preprocessor_config.json", preprocessor)
+    with pytest.raises(UserError, match=r"images have the mean \[0.48.* there, \[0.5, 0.5, 0.5\] and .* here; set colours: "):
+        start("clip", source)
+    preset = composed(CONFIGS / "clip_b16.yaml", ("+preset=clip_colours",)).to_dict()["model"]["image"]["preprocessor"]["colours"]
+    assert (preset["mean"], preset["std"]) == CLIPS
+    start("clip", source, COLOURS.format(*CLIPS))
+    write(source / "preprocessor_config.json", preprocessor | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    with pytest.raises(UserError, match="here; set colours: null"):
+        start("clip", source, COLOURS.format(*CLIPS))
+    which = KINDS["clip"]
+    model = load(config("clip", None, *which.overrides)).model
+    saved(config("clip", source, *which.overrides, COLOURS.format(*CLIPS)), model, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == preprocessor
+    export(tmp_path / "run", tmp_path / "half", dtype=torch.bfloat16)
+    wide = [n for n, value in load_file(tmp_path / "half" / "model.safetensors").items() if value.dtype != torch.bfloat16]
+    assert wide == ["logit_scale"]  # which is read as it is stored
+
+
 def own_state(theirs: nn.Module) -> dict[str, Tensor]:
     """An ``Aimv2VisionModel`` under the names of AIMv2's own files."""
     there = theirs.state_dict()

@@ -17,6 +17,7 @@ from torch import Tensor
 import l3m_like
 from l3m_like.blocks import HFModel
 from l3m_like.config import RunConfig
+from l3m_like.core import MetaModel
 from l3m_like.core.errors import UserError
 from l3m_like.pretrained import NameMap
 from l3m_like.pretrained.wrapped import wrapped_family
@@ -134,3 +135,15 @@ def test_what_differs_is_named_before_weights_are_read(folder: Path) -> None:
     other = ["model.postprocessor.config.model_type=qwen3", "+model.postprocessor.config.head_dim=16", "dim=64", "mlp_dim=48"]
     with pytest.raises(UserError, match="hidden_size is 32 there and 64 here; set model.postprocessor.config.hidden_size: 32"):
         l3m_like.load(RunConfig.from_file(HF, [*SHORT, f"+init.from={folder}", *other]))
+
+
+def test_renamings_with_escaped_dots() -> None:
+    import transformers
+
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    made = transformers.GraniteMoeConfig(**sizes, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    model = MetaModel(HFModel(made.to_dict(), packed=False, stream="text", writes=["nll"]), stream="text")
+    names = NameMap.of(wrapped_family(model).templates(model), model)
+    assert not names.left
+    theirs = ("input_linear", "output_linear", "router.layer")
+    assert {f"model.layers.0.block_sparse_moe.{name}.weight" for name in theirs} <= set(names.shapes)

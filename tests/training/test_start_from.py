@@ -175,3 +175,20 @@ def test_a_language_model_becomes_a_diffusion_model(tmp_path: Path) -> None:
     narrow = save_run(tmp_path / "narrow", "llm")
     with pytest.raises(UserError, match=r"257.*258|258.*257"):
         load_weights(made.model, Init(from_=str(narrow)))
+
+
+def test_random_paths_that_would_do_nothing() -> None:
+    from l3m_like.config.schema import Init
+    from l3m_like.core import MetaModel, Wrap
+    from l3m_like.training.start_from import starts
+
+    model = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in ("embed", "head")})
+    model["head"].weight = model["embed"].weight
+    with pytest.raises(UserError, match=r"'head' are tied to others \('embed.weight'\), which do not begin anew"):
+        starts(model, Init(from_="somewhere", random=["head"]))
+    assert starts(model, Init(from_="somewhere", random=["head", "embed"]))
+    image = MetaModel(Wrap(nn.Linear(3, 3), reads={"input": "x"}, writes={"output": "y"}))
+    both = nn.ModuleDict({"image": image})
+    with pytest.raises(UserError, match="'image' is, or holds, 'image', which gets weights from init.parts"):
+        starts(both, Init(parts={"image": "somewhere"}, random=["image"]))
+    assert starts(both, Init(parts={"image": "somewhere"}, random=["image.preprocessor"]))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 class CaptionedImage(Pixels):
     """``png``/``jpg``/``jpeg``/``webp`` and ``txt`` -> ``image`` float32 [C, size, size], ``text_ids`` int64 [max_tokens],
-    ``text_mask`` bool [max_tokens] (True: a token, False: padding, whose id is 0).
+    ``text_mask`` bool [max_tokens] (True: a token, False: padding, whose id is ``pad``).
 
     A caption is its tokens and the end token, always: of one that is too long the last tokens are left out. With ``names``, the
     caption is that of the sample's class ``cls``, and ``image_label`` int64 [] is written as well.
@@ -31,6 +31,7 @@ class CaptionedImage(Pixels):
         start: a token before the caption, by its text.
         field: where the caption is: UTF-8 bytes or a text (not with ``names``).
         names: of the classes, in the order of their numbers.
+        pad: id of the padding, which a text tower without a causal mask sees (1: published SigLIP).
         templates: sentences with ``{}`` for the name, one drawn anew for every sample and epoch (None: the name alone).
         picture: further arguments of ``Pixels``.
 
@@ -48,6 +49,7 @@ class CaptionedImage(Pixels):
         max_tokens: int,
         end: str | None = None,
         start: str | None = None,
+        pad: int = 0,
         field: str = "txt",
         names: Sequence[str] | None = None,
         templates: Sequence[str] | None = None,
@@ -59,6 +61,9 @@ class CaptionedImage(Pixels):
             raise UserError(f"max_tokens is {max_tokens}; a caption has at least one token beside its start and end.")
         self.max_tokens = max_tokens
         self.start = start
+        if not 0 <= pad < vocab_size:
+            raise UserError(f"pad is {pad}; it is the id of a token, from 0 to {vocab_size - 1}.")
+        self.pad = pad
         self.field = field
         if templates is not None and names is None:
             raise UserError("templates are for the names of classes; give names as well, or remove them.")
@@ -89,7 +94,7 @@ class CaptionedImage(Pixels):
 
     def padded(self, tokens: Sequence[int]) -> dict[str, np.ndarray]:
         """The keys of a caption with these tokens."""
-        ids = np.zeros(self.max_tokens, dtype=np.int64)
+        ids = np.full(self.max_tokens, self.pad, dtype=np.int64)
         ids[: len(tokens)] = tokens
         return {"text_ids": ids, "text_mask": np.arange(self.max_tokens) < len(tokens)}
 
