@@ -125,10 +125,10 @@ class Folder:
         fields, names = self.config.get("pretrained_cfg") or {}, ("mean", "std")
         if (self.path / PREPROCESSOR).is_file():
             fields, names = _json(self.path / PREPROCESSOR), ("image_mean", "image_std")
-        found = [fields.get(name) for name in names]
-        if fields.get("do_normalize") is False or not all(isinstance(numbers, list) for numbers in found):
+        mean, std = (fields.get(name) for name in names)
+        if fields.get("do_normalize") is False or not (isinstance(mean, list) and isinstance(std, list)):
             return None
-        return found[0], found[1]
+        return mean, std
 
     def respell(self, spellings: Mapping[str, str]) -> None:
         """Call tensors by other names: ``{pattern (regular expression): replacement}``."""

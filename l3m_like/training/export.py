@@ -107,8 +107,8 @@ def export(
     first = next(iter(layout.values()))[0]
     config = _config(cfg, model, of, source, first)
     for name, value in constants.items():
-        kept = source.tensors[name].dtype if source and name in source.tensors else torch.promote_types(first, torch.float32)
-        layout[name] = kept, tuple(value.shape)
+        stored = source.tensors[name].dtype if source and name in source.tensors else torch.promote_types(first, torch.float32)
+        layout[name] = stored, tuple(value.shape)
     out.mkdir(parents=True, exist_ok=True)
     stem = "diffusion_pytorch_model" if of.layout == "diffusers" else "model"
 

@@ -57,7 +57,7 @@ def ours_of(family: str, backend: str = "auto", **changes: object) -> MetaModel:
     rope = Rope(head_dim, settings["theta"], settings["scaling"])
     return MetaModel(
         preprocessor=TokenEmbed(V, D),
-        trunk=Transformer(D, LAYERS, layer, rope),
+        trunk=Transformer(D, LAYERS, layer, rope, mask=settings.get("mask", "causal")),
         head=LanguageModelHead(V, D, settings["eps"], writes=["logits", "nll"]),
         stream="text",
         tie={"head.proj.weight": "preprocessor.embed.weight"} if tied else None,

@@ -35,11 +35,10 @@ def text(lengths: tuple[int, ...], rows: int = 2, size: int | None = None, seed:
 
 def diffusion(family: str = "qwen3_tied", block: int | None = None, **noise: object) -> MetaModel:
     """The decoder of ``family`` with noise before it; with ``block`` one of block diffusion."""
-    made = ours_of(family)
+    made = ours_of(family, mask="full" if block is None else "staged")
     eps, tied = FAMILIES[family][7:]
     mask = MaskTokens(MASK, V, 0, block=block, **noise)
     into = "text" if block is None else "paired"
-    made.trunk.mask = "full" if block is None else "staged"
     made.trunk.stream = into
     reads = {"targets": "text_masked_targets"} | ({} if block is None else {"hidden": "text_noisy_hidden"})
     return MetaModel(

@@ -260,7 +260,7 @@ def test_tensor_parallel_makes_activations_smaller() -> None:
 ERRORS = {
     ("parallel.dp_shard=1", "parallel.tp=3"): ["q_proj", "parallel.tp 3"],
     ("batch.global=10", "batch.micro=4"): ["batch.global is 10", "Fits"],
-    ("data.lanes=3",): ["data.lanes is 3", "Fits"],
+    ("data.lanes=3",): ["data.lanes is 3", "what fits"],
     ("updates.main.params=['trnk.*']",): ["'trnk.*' matches no parameter", "updates.main.params"],
     ("updates.main.params=['trunk.*']",): ["is in no update"],
     ("optim.no_decay=['*.nrom*']",): ["'*.nrom*' matches no parameter", "optim.no_decay"],
