@@ -46,7 +46,7 @@ class _Joint(torch.autograd.Function):
         # a number of weights among the arguments would become a symbol when it changes, which torch.compile breaks the graph for
         weights = [parameter for parameter in parameters if parameter.dim() == 2]
         biases = [parameter for parameter in parameters if parameter.dim() == 1]
-        ctx.sizes, ctx.biased = [len(weight) for weight in weights], len(biases) > 0
+        ctx.sizes, ctx.biased, ctx.joined = [len(weight) for weight in weights], len(biases) > 0, joined is not None
         kept = weights if joined is None else [joined]
         ctx.save_for_backward(x, *kept)
         return F.linear(x, _together(kept), torch.cat(biases) if biases else None)
@@ -54,7 +54,7 @@ class _Joint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if ctx.joined and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise UserError(
                 "joint_linear: gradients of gradients (create_graph=True) would miss the joined weights; train in fp32."
             )
