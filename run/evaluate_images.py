@@ -102,6 +102,8 @@ def named(written: str) -> tuple[str, str, str]:
     name, kind, *more = (*words, "", "") if len(words) < 2 else words
     if any(more):
         raise UserError(f"{written}: it has {len(words) + 1} parts; write PATH, PATH:NAME or PATH:NAME:gaussians.")
+    if kind and not name:
+        raise UserError(f"{written}: the name of the data is missing; write {path}:NAME:{kind}.")
     if kind not in ("", "gaussians"):
         raise UserError(f"{written}: after the name of the data stands nothing or 'gaussians', not '{kind}'.")
     if not Path(path).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -57,10 +58,13 @@ MOST_LINES = {
 }
 #: the trained ones alone, where a published encoder is frozen
 TRAINED = {"dit_dh_xl": 838_380_628}
-#: trained by the slow tests alone
-SLOW = ("block_diffusion", "siglip", "vit", "mae", "aimv1", "aimv2", "dit_dh")
+#: trained by the slow tests alone; of most, other tests compare how they train and go on
+SLOW = ("block_diffusion", "siglip", "vit", "mae", "aimv1", "aimv2", "dit_dh", "rae", "moe", "sft", "dllm")
 #: starts from another experiment's run: tests/training/test_distillation.py trains it
 FROM_A_RUN = ("distill",)
+
+
+composed = functools.cache(RunConfig.from_file)
 
 
 def name_of(path: Path) -> str:
@@ -76,7 +80,7 @@ def test_experiments_are_found() -> None:
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_plan(path: Path) -> None:
     """All that --check needs works at full size, and takes no memory."""
-    cfg = RunConfig.from_file(path)
+    cfg = composed(path)
     run = plan(cfg, dp_size=1)
     parameters = dict(run.model.named_parameters())
     assert all(parameter.is_meta for parameter in parameters.values())
@@ -102,7 +106,8 @@ def test_the_readme_lists_them() -> None:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_saved_config_is_the_same_run(path: Path, tmp_path: Path) -> None:
-    cfg = RunConfig.from_file(path)
+    cfg = composed(path)
+    assert cfg.run.name == path.stem and RunConfig.from_dict(cfg.to_dict()) == cfg
     cfg.save(tmp_path)
     again = RunConfig.from_file(tmp_path / "config.yaml")
     assert again.to_dict() == cfg.to_dict() | {"run": again.to_dict()["run"]}

@@ -174,12 +174,12 @@ class Loader:
             self.number += 1
         return step
 
-    def close(self) -> None:
-        """Stop all threads (waits for the step that is being made). The loader yields nothing after this."""
+    def close(self, wait: bool = True) -> None:
+        """Stop all threads, and with ``wait`` wait for the step that is being made. The loader yields nothing after this."""
         self._error = self._error or UserError("the loader is closed.")
         for pool in (self._maker, self._workers):
             if pool is not None:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=wait, cancel_futures=True)
 
     def _make(self, number: int) -> Step | None:
         """Step ``number``; called once for each, in order, by one thread. None: some lane has no more rows."""
@@ -272,12 +272,15 @@ class EvalLoader:
     Args:
         batch: rows per batch; the last may have fewer, and the last row of packed text is padded.
         seed: for processors that draw (epoch 0).
+        limit: end after so many rows (None: at the end of the dataset).
 
     Yields:
         ``(batch, valid)``; ``row`` is the running number of the row in the dataset.
     """
 
-    def __init__(self, dataset: Dataset, *, batch: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self, dataset: Dataset, *, batch: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0, limit: int | None = None
+    ) -> None:
         if batch < 1:
             raise UserError(f"batch is {batch}; it is at least 1.")
         self.dataset = dataset
@@ -285,6 +288,7 @@ class EvalLoader:
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.seed = seed
+        self.limit = limit
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
         filler: dict[str, Tensor] | None = None
@@ -305,11 +309,12 @@ class EvalLoader:
         """All batches of the pass; what makes the rows of one is called only by the process that needs them."""
         dataset = self.dataset
         if dataset.pack.one_row_per_sample and dataset.indexed:
-            for start in range(0, len(dataset), self.batch):
-                yield functools.partial(self._rows_of, range(start, min(start + self.batch, len(dataset))))
+            end = len(dataset) if self.limit is None else min(len(dataset), self.limit)
+            for start in range(0, end, self.batch):
+                yield functools.partial(self._rows_of, range(start, min(start + self.batch, end)))
             return
         # where a row of packed text begins is known only after the rows before it: every process packs all of them
-        rows = dataset.rows(dataset.items(self.seed))
+        rows = itertools.islice(dataset.rows(dataset.items(self.seed)), self.limit)
         while batch := list(itertools.islice(rows, self.batch)):
             yield functools.partial(list, batch)
 

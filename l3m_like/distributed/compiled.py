@@ -27,6 +27,11 @@ SETTLED = 3
 TORCH_LIMIT = 64
 
 
+def is_compiled(unit: nn.Module) -> bool:
+    """Whether ``Graphs`` has compiled ``unit`` (not one below it)."""
+    return hasattr(unit.forward, "is_compiled")
+
+
 class Graphs:
     """Compiles units, and counts the graphs of each kind of unit: ``training`` (with gradients) and ``evaluation``.
 
@@ -74,6 +79,7 @@ class Graphs:
                 self._note(kind, kind.made - before)
             return out
 
+        counted.is_compiled = True  # type: ignore[attr-defined]
         return counted
 
     def _note(self, kind: Counted, made: int) -> None:

@@ -8,6 +8,8 @@ there in fp32.
 
 Copies of weights that a layer multiplies as one matrix (``joint``: names of its linear layers) lie one behind the other, so that
 they need not be joined in every step.
+
+A deep copy of the whole module makes copies of its own. One of a part of it keeps bf16 weights that nothing brings up to date.
 """
 
 from __future__ import annotations

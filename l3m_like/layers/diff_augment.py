@@ -34,10 +34,12 @@ class DiffAugment:
 
     def __call__(self, image: Tensor, row: Tensor, purpose: str) -> Tensor:
         """image [B, C, H, W] in [-1, 1], row [B] int64 -> the same shape; draws are functions of (seed, purpose, row)."""
-        u = uniform(row, (8,), seed=self.seed, purpose=f"diff_augment/{purpose}").to(image.dtype).view(-1, 8, 1, 1, 1)
+        # places are whole pixels whatever the image's dtype: float64 holds them, and does not round a draw up to 1
+        drawn = uniform(row, (8,), seed=self.seed, purpose=f"diff_augment/{purpose}", dtype=torch.float64).view(-1, 8, 1, 1, 1)
+        u = drawn.to(image.dtype)
         out = image
         if self.translation:
-            out = self._shifted(out, u[:, 0], u[:, 1])
+            out = self._shifted(out, drawn[:, 0], drawn[:, 1])
         if self.color:
             out = out + self.color * (u[:, 2] - 0.5)
             grey = out.mean(1, keepdim=True)
@@ -45,8 +47,8 @@ class DiffAugment:
             mean = out.mean((1, 2, 3), keepdim=True)
             out = mean + (out - mean) * (1 + self.color * (u[:, 4] - 0.5))
         if self.cutout:
-            out = out * self._outside(out, u[:, 5], u[:, 6])
-        return out if self.probability == 1 else torch.where(u[:, 7] < self.probability, out, image)
+            out = out * self._outside(out, drawn[:, 5], drawn[:, 6])
+        return out if self.probability == 1 else torch.where(drawn[:, 7] < self.probability, out, image)
 
     def _shifted(self, image: Tensor, down: Tensor, right: Tensor) -> Tensor:
         """Whole pixels, by products with shifted identities: the same numbers, and a backward pass in a fixed order."""
@@ -57,7 +59,7 @@ class DiffAugment:
     def _move(self, side: int, drawn: Tensor, like: Tensor) -> Tensor:
         """[B, 1, side, side] with a one where output i takes input i + shift."""
         most = int(side * self.translation + 0.5)
-        shift = (drawn * (2 * most + 1)).floor() - most
+        shift = (drawn * (2 * most + 1)).long() - most
         place = torch.arange(side, device=like.device)
         return (place.view(1, 1, 1, -1) == place.view(1, 1, -1, 1) + shift).to(like.dtype)
 
@@ -66,7 +68,7 @@ class DiffAugment:
         inside = []
         for side, drawn in zip(image.shape[-2:], (down, right), strict=True):
             size = int(side * self.cutout + 0.5)
-            first = (drawn * (side + 1 - size % 2)).floor() - size // 2
+            first = (drawn * (side + 1 - size % 2)).long() - size // 2
             place = torch.arange(side, device=image.device).view(1, 1, -1)
             inside.append((place >= first.flatten(1).unsqueeze(-1)) & (place < first.flatten(1).unsqueeze(-1) + size))
         return ~(inside[0].unsqueeze(-1) & inside[1].unsqueeze(-2))

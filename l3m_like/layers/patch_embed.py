@@ -33,15 +33,17 @@ def patch_pixels(image: Tensor, patch: int) -> Tensor:
 def sincos_positions(rows: int, columns: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Fixed 2-D sinusoids [rows*columns, dim]: the first half encodes the column, the second the row, each
     ``[sin | cos]`` with frequencies 10000^(-i / (dim/4)) (as MAE, DiT and SiT). Computed in float64, once per forward."""
-    quarter = dim // 4
-    frequency = 10000.0 ** (-torch.arange(quarter, device=device).double() / quarter)
-    halves = []
     column = torch.arange(columns, device=device).repeat(rows)
     row = torch.arange(rows, device=device).repeat_interleave(columns)
-    for place in (column, row):
-        angle = place.double().unsqueeze(-1) * frequency
-        halves += [angle.sin(), angle.cos()]
-    return torch.cat(halves, dim=-1).to(dtype)
+    return sincos_at(row, column, dim).to(dtype)
+
+
+def sincos_at(row: Tensor, column: Tensor, dim: int) -> Tensor:
+    """As ``sincos_positions``, of places [...] int64 -> [..., dim] float64."""
+    quarter = dim // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, device=row.device).double() / quarter)
+    angles = [place.double().unsqueeze(-1) * frequency for place in (column, row)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=-1)
 
 
 class PatchProjection(nn.Module):

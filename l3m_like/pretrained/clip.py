@@ -198,6 +198,8 @@ def _text_fields(model: nn.Module, mask: str) -> dict[str, Any]:
     _, features = vit.placed(model, Features, "text.postprocessor")
     fields = vit.trunk_fields(trunk, masks=(mask,))
     decoder.the_eps(fields["layer_norm_eps"], features.norm.eps)
+    if embed.place is None:
+        raise UserError("the positions of its text are fixed sinusoids, not learned; set fixed: false.")
     sizes = {"vocab_size": embed.embed.num_embeddings, "max_position_embeddings": embed.place.num_embeddings}
     return {**sizes, **fields}
 

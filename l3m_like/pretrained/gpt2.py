@@ -65,6 +65,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             raise UserError("its attention is another; biases everywhere, no qk_norm, kv_heads, window or rope.")
         if layer.mlp.activation is not ACTIVATIONS["gelu_tanh"]:
             raise UserError("the activation of its MLP is another; set activation: gelu_tanh.")
+    if embed.place is None:
+        raise UserError("its positions are fixed sinusoids, not learned; set fixed: false.")
     return {
         "vocab_size": embed.embed.num_embeddings,
         "n_positions": embed.place.num_embeddings,

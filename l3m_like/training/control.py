@@ -49,12 +49,13 @@ class Upcoming:
     batch: Step
     word: Tensor
     names: list[str]
+    #: seconds waited for it, and for that of the slowest rank
     data_wait: float
 
-    def agreed(self) -> tuple[Step, dict[str, float], bool, float]:
-        """``(batch, {term: global count}, stop, seconds waited for data and for the slowest rank's)``."""
+    def agreed(self) -> tuple[Step, dict[str, float], bool]:
+        """``(batch, {term: global count}, stop)``."""
         _, stop, *counts = self.word.tolist()
-        return self.batch, dict(zip(self.names, counts, strict=True)), stop > 0, self.data_wait
+        return self.batch, dict(zip(self.names, counts, strict=True)), stop > 0
 
 
 def fetch(loader: Loader, updates: Sequence[Update], signals: Signals, mesh: Mesh) -> Upcoming | None:

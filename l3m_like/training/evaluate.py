@@ -3,7 +3,6 @@ look at the model themselves (``l3m_like.evaluations``)."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -88,14 +87,9 @@ class Evaluations:
                 return self.objects[name].evaluate(self.model, mesh=self.mesh, step=step, seed=self.seed, folder=folder)
         losses, graphs = self.plans[name]
         dataset, mesh = self.datasets[name], self.mesh
-        batches = EvalLoader(dataset, batch=self.rows, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, seed=self.seed)
-        return Findings(evaluate(self.parts, graphs, losses, self._limited(name, batches), mesh))
-
-    def _limited(self, name: str, batches: EvalLoader) -> Iterator[tuple[dict[str, Any], bool]]:
-        """The batches of about ``samples`` rows: the same number on every rank."""
-        samples = self.samples[name]
-        most = None if samples is None else -(-samples // (self.rows * self.mesh.dp_size))
-        return itertools.islice(iter(batches), most)
+        ranks = {"dp_rank": mesh.dp_rank, "dp_size": mesh.dp_size}
+        batches = EvalLoader(dataset, batch=self.rows, seed=self.seed, limit=self.samples[name], **ranks)
+        return Findings(evaluate(self.parts, graphs, losses, batches, mesh))
 
 
 @contextmanager

@@ -122,6 +122,7 @@ def export(
         _write_colours(out / PREPROCESSOR, of, model, source)
     elif of.layout == "transformers":
         notes += _write_tokenizer(cfg, out, config)
+        _write_preprocessor(out / PREPROCESSOR, of.colours(model), config.get("vision_config", config))
     write_json(out / CONFIG, config)  # last: without it the folder is none
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     return [*notes, f"{out}: {of.architecture}, {len(layout)} tensors, {size:,} bytes, of {whole.path}"]
@@ -328,6 +329,14 @@ def _write_colours(path: Path, of: Family, model: nn.Module, source: Folder) -> 
     if path.is_file() and ours is not None and theirs is not None and not same_colours(ours, theirs):
         fields = json.loads(path.read_text(encoding="utf-8"))
         write_json(path, {**fields, "image_mean": ours[0], "image_std": ours[1]})
+
+
+def _write_preprocessor(path: Path, colours: tuple[list[float], list[float]] | None, config: Mapping[str, Any]) -> None:
+    """What becomes of images before a model that has no source folder; nothing for a model without images."""
+    if colours is not None:
+        side = config["image_size"]
+        fields = {"do_resize": True, "size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255}
+        write_json(path, {**fields, "do_normalize": True, "image_mean": colours[0], "image_std": colours[1]})
 
 
 def _write_tokenizer(cfg: RunConfig, out: Path, config: dict[str, Any]) -> list[str]:

@@ -79,12 +79,13 @@ class Loaded:
             return sampler.run(self.model, process=self.processor(), mesh=self.mesh)
         if "guide" not in inspect.signature(sampler.run).parameters:
             raise UserError(f"{type(sampler).__name__} takes no guide; FlowODE and FlowSDE do.")
-        theirs = guide.config.sample or {}
-        for setting in ("path", "prediction", "shape", "classes"):
-            if setting in theirs and theirs[setting] != section.get(setting):
+        theirs = sampler if guide.config.sample is None else guide.config.instantiate("sample")
+        for setting in ("path", "prediction", "shape", "classes"):  # of the objects: a config may leave one to its default
+            its, ours = getattr(theirs, setting, None), getattr(sampler, setting, None)
+            if its != ours:
                 raise UserError(
-                    f"The guide's sample.{setting} is {theirs[setting]}, this model's {section.get(setting)}: their predictions "
-                    "cannot be mixed. Take a guide that was trained alike."
+                    f"The guide's sample.{setting} is {its}, this model's {ours}: their predictions cannot be mixed. Take a "
+                    "guide that was trained alike."
                 )
         return sampler.run(self.model, process=self.processor(), mesh=self.mesh, guide=guide.model)
 

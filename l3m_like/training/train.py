@@ -196,7 +196,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
         remainder=cfg.data.remainder,
         most_bad=cfg.data.max_bad_samples,
     )
-    closing.callback(loader.close)
+    closing.push(lambda failed, *_: loader.close(wait=failed is None))
     steps: int = run.steps or loader.total_steps  # type: ignore[assignment]  # one of them is given
     shape = cfg.schedule
     schedule = Schedule(shape.name, total=steps, warmup=shape.warmup, decay=shape.decay, floor=shape.floor)
@@ -228,12 +228,20 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     over = upcoming is None
     pending: list[StepRecord] = []
     final: dict[str, float] = saved["final"]
+
+    def evaluate(last: bool) -> None:
+        for name, found in evaluations.run(step, ema, last=last):
+            reporter.evaluation(step, name, found)
+            final.update({f"{name}/{key}": value for key, value in found.values.items()})
+
+    if saved.get("owed"):  # the run was asked to stop at a step that has an evaluation
+        evaluate(last=False)
     began = time.perf_counter()
     gc.collect()
     gc.disable()  # ranks that collect at different moments wait for each other
     closing.callback(gc.enable)
     while upcoming is not None:
-        batch, totals, stop, waited = upcoming.agreed()
+        batch, totals, stop = upcoming.agreed()
         scale = schedule.scale(step)
         sums: dict[str, Tensor] = {}
         norms: dict[str, tuple[Tensor, Tensor]] = {}
@@ -257,12 +265,16 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             ema.update(torch.stack([skipped for _, skipped in norms.values()]).amax())
         rates = {update.name: update.settings.lr * scale for update in updates if update.name in norms}
         units = {name: sum(run.dataset.units(micro, name) for micro in batch.micro) for name in (None, *run.dataset.names)}
-        pending.append(StepRecord(step, sums, norms, batch, rates, waited, units, flops.of(batch.micro)))
+        work = flops.of(batch.micro)
         step += 1
         graphs.after_step()
-        upcoming = fetch(loader, updates, signals, mesh) if step < steps else None
-        over = upcoming is None  # on all ranks
-        ending = over or stop
+        # a run that stops waits for no more data: that may be slow, or fail
+        leaves = stop and step < steps
+        upcoming = fetch(loader, updates, signals, mesh) if step < steps and not leaves else None
+        waited = 0.0 if upcoming is None else upcoming.data_wait
+        pending.append(StepRecord(step - 1, sums, norms, batch, rates, waited, units, work))
+        over = upcoming is None and not leaves  # on all ranks
+        ending = over or leaves
 
         # ---- log, evaluate, save: the only lines that wait for the device
         saving = ending or (cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0)
@@ -275,13 +287,13 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
             bad_samples = watch_bad_samples(rows, bad_samples, cfg.data.max_bad_samples)
             final |= {"step": step, "loss": rows[-1]["loss"]}
             pending.clear()
-            for name, found in evaluations.run(step, ema, last=over):
-                reporter.evaluation(step, name, found)
-                final |= {f"{name}/{key}": value for key, value in found.values.items()}
+            if not leaves:
+                evaluate(last=over)
             if saving:
                 lanes = {lane: state for states in gather_objects(batch.state) for lane, state in states.items()}
                 counted = {"bad_steps": bad_steps, "bad_samples": bad_samples}
-                state = {"step": step, "data": lanes, **counted, "final": final, "config": cfg.to_dict()}
+                owed = leaves and bool(evaluations.due(step))
+                state = {"step": step, "data": lanes, **counted, "final": final, "owed": owed, "config": cfg.to_dict()}
                 state["frozen"] = {path: part.loaded_from for path, part in frozen_parts(run.model).items()}
                 checkpointer.save(step, tensors, state)
             began = time.perf_counter()

@@ -6,7 +6,7 @@ update, or is frozen. Keys that a later update reads are handed on detached, as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from l3m_like.core.block import Data
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.meta_model import Graph, MetaModel
 from l3m_like.core.wiring import Program
+from l3m_like.distributed.compiled import is_compiled
 from l3m_like.distributed.gradients import gradient_norm, sum_partial_gradients, tp_summed_parameters
 from l3m_like.distributed.mesh import Mesh
 from l3m_like.distributed.parallelize import reshard
@@ -57,7 +58,7 @@ class Update:
         self.optimizer = build_optimizer(self.parameters, self.parts, self.settings, mesh, self.precision)
         self.guard = guard
         if self.adaptive is not None:
-            self.adaptive.refuse_cut(self.name)
+            self.adaptive.check(self.name, self.parts.values())
         self.tp_summed = tp_summed_parameters(self.parts.values())
         #: the blocks that this update trains, and those that nothing trains: a block follows the steps of its own update
         own, blocks = {id(p) for p in self.parameters.values()}, [b for part in self.parts.values() for _, b in part.blocks()]
@@ -241,8 +242,15 @@ class AdaptiveWeight:
         layer.register_forward_hook(self._remember)
         self._layer = layer
 
-    def refuse_cut(self, update: str) -> None:
-        """Refuse a layer that tensor parallelism has cut: each rank would see a part of its gradient."""
+    def check(self, update: str, parts: Iterable[nn.Module]) -> None:
+        """Refuse a layer inside of a graph, where its output cannot be held, and one that tensor parallelism has cut: each rank
+        would see a part of its gradient."""
+        units = (unit for part in parts for unit in part.modules() if is_compiled(unit))
+        if any(module is self._layer for unit in units for module in unit.modules()):
+            raise UserError(
+                f"updates.{update}.adaptive.at: '{self.at}' lies in a compiled unit. Name a layer of a head, or set "
+                "parallel.compile: false."
+            )
         weight = self._layer.weight
         if not isinstance(weight, DTensor):
             return
@@ -257,19 +265,22 @@ class AdaptiveWeight:
         self._input, self._output = inputs[0].detach(), output
 
     def weight(self, terms: Mapping[str, Tensor], mesh: Mesh) -> Tensor:
+        assert self._input is not None and self._output is not None
+        at = self._input, self._output  # a backward pass through a checkpointed unit runs the layer, and its hook, again
         reference = torch.stack([terms[name] for name in self.against]).sum()
-        reference_norm, norm = self._norm(reference, mesh), self._norm(terms[self.term], mesh)
+        reference_norm, norm = self._norm(reference, *at, mesh), self._norm(terms[self.term], *at, mesh)
         return (reference_norm / (norm + 1e-6)).clamp(0.0, self.maximum).detach()
 
-    def _norm(self, value: Tensor, mesh: Mesh) -> Tensor:
-        assert self._input is not None and self._output is not None
+    @staticmethod
+    def _norm(value: Tensor, x: Tensor, y: Tensor, mesh: Mesh) -> Tensor:
+        """Of the gradient of ``value`` at the layer's weight, ``y`` being the layer's output for ``x``."""
         if not value.requires_grad:
             return torch.zeros_like(value)
-        (out,) = torch.autograd.grad(value, self._output, retain_graph=True, allow_unused=True)
+        (out,) = torch.autograd.grad(value, y, retain_graph=True, allow_unused=True)
         if out is None:
             return torch.zeros_like(value)
-        wide = torch.promote_types(self._input.dtype, torch.float32)
-        return mesh.sum(out.flatten(0, -2).to(wide).mT @ self._input.flatten(0, -2).to(wide)).norm()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return mesh.sum(out.flatten(0, -2).to(wide).mT @ x.flatten(0, -2).to(wide)).norm()
 
 
 def plan_updates(cfg: Any, parts: Mapping[str, MetaModel], losses: Mapping[str, Loss]) -> list[Update]:

@@ -223,7 +223,9 @@ def test_fixed_positions() -> None:
     angle = torch.tensor([3.0, 0.03], dtype=torch.float64)
     torch.testing.assert_close(places[3, 4:], torch.cat((angle.sin(), angle.cos())))
     assert torch.equal(embed.compute(ids), embed.embed.weight[ids] + places[:3])
-    assert torch.equal(embed.compute(ids, positions), embed.embed.weight[ids] + places[positions])
+    for many in (1, 3):  # fewer and more of them than the table has rows
+        theirs = embed.embed.weight[ids] + places[positions]
+        assert torch.equal(embed.compute(ids.repeat(many, 1), positions.repeat(many, 1)), theirs.repeat(many, 1, 1))
     assert set(embed.init_spec()) == {name for name, _ in embed.named_parameters()} == {"embed.weight"}
     with pytest.raises(UserError, match="multiple of 4"):
         PlacedTokenEmbed(10, 6, max_positions=5, fixed=True)

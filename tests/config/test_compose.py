@@ -197,14 +197,6 @@ def test_every_setting_is_in_the_docs() -> None:
     assert all(doc for _, _, _, doc in rows())
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.stem)
-def test_shipped_experiments(file: Path) -> None:
-    if file.parent.name == "experiment":
-        cfg = RunConfig.from_file(file)
-        assert cfg.run.name == file.stem
-        assert RunConfig.from_dict(cfg.to_dict()) == cfg
-
-
 def test_importing_the_package_is_light() -> None:
     """`import l3m_like` stays under 0.2 s because of what it does not import; so does the config package."""
     code = "import sys; before = set(sys.modules); import l3m_like, l3m_like.config; print(*sorted(set(sys.modules) - before))"

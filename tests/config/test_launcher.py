@@ -327,7 +327,8 @@ def test_torchrun_launcher(tmp_path: Path) -> None:
     assert seen.read_text().split()[1] in ("5", "7") and os.listdir(tmp_path) == ["runs"] and "job  status" in out
 
 
-@pytest.mark.parametrize("dims", ["4", pytest.param("4,8", marks=pytest.mark.slow)])
+@pytest.mark.slow  # three processes and their imports for each job
+@pytest.mark.parametrize("dims", ["4", "4,8"])
 def test_torchrun_launcher_with_processes(tmp_path: Path, dims: str) -> None:
     argv = ["-m", f"dim={dims}", "hydra/launcher=torchrun", "launcher.processes_per_job=2", "launcher.parallel_jobs=2"]
     process = popen([sys.executable, str(FAKE), "--config", str(TOY), *argv], tmp_path, {"CUDA_VISIBLE_DEVICES": ""})

@@ -225,8 +225,8 @@ sys.exit(convert_data.main(sys.argv[1:]))
     ("to", "workers"),
     [
         ("webdataset", 2),
-        ("megatron", 1),
         pytest.param("webdataset", 1, marks=pytest.mark.slow),
+        pytest.param("megatron", 1, marks=pytest.mark.slow),
         pytest.param("megatron", 2, marks=pytest.mark.slow),
     ],
 )

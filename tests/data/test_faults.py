@@ -79,7 +79,7 @@ def run(config: dict[str, Any]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("kind", ["llm", "sit"])
 def test_within_the_budget_the_run_goes_on_and_the_ledger_is_exact(kind: str, ranks: int, tmp_path: Path) -> None:
     config, bad = tree(kind, tmp_path, budget=50)

@@ -92,7 +92,7 @@ def bytes_of(longest: int = 60) -> Tokenize:
 
 KINDS = (
     *("numbers", "text", "best", "first", "cost", "split", "one", "drop"),
-    *("stream", "few", "unshuffled", "mixed", "mixed_numbers"),
+    *("stream", "few", "unshuffled", "mixed", pytest.param("mixed_numbers", marks=pytest.mark.slow)),
 )
 
 
@@ -340,6 +340,18 @@ def test_an_epoch_of_packs_loses_no_byte(text: Dataset) -> None:
     assert targets[targets != -100].tolist() == [token for document in documents_of(text) for token in document[1:]]
     for batch in rows:
         check_rows(batch, 3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_limit_is_of_rows_whatever_the_batch(text: Dataset, packed: bool) -> None:
+    dataset = text if packed else Dataset(Numbers(11), Draw(), Stack())
+    key = "text_ids" if packed else "value"
+    first = torch.cat([batch[key] for batch, _ in EvalLoader(dataset, batch=5)])[:7]
+    for batch, dp in ((2, 1), (5, 1), (7, 2), (3, 2)):
+        loaders = [list(EvalLoader(dataset, batch=batch, limit=7, dp_rank=rank, dp_size=dp)) for rank in range(dp)]
+        assert len({len(batches) for batches in loaders}) == 1
+        dealt = [found for turn in zip(*loaders, strict=True) for found, valid in turn if valid]
+        assert torch.equal(torch.cat([found[key] for found in dealt]), first)
 
 
 def test_lanes_lose_no_byte_and_rows_are_consistent(text: Dataset) -> None:

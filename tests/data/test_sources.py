@@ -746,6 +746,20 @@ def test_pipe(tmp_path: Path) -> None:
     early.close()  # ends the command
 
 
+def test_a_pipe_is_apart_from_the_terminal_and_ends_whole(tmp_path: Path) -> None:
+    """Ctrl-C goes to the group of the run; a reader that stops early ends all that the shell started."""
+    path = write(tmp_path / "t.tar", tar_of(MEMBERS))
+    early = opened(WebDatasetStream(f"pipe:sleep 100 & echo $! > {tmp_path}/pid; cat {path}; wait"), 0, 0)
+    next(early)
+    pid = int((tmp_path / "pid").read_text())
+    assert os.getpgid(pid) != os.getpgid(0)
+    early.close()
+    until = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("end", ["exit 0", "exit 3", "kill -9 $$"])
 @pytest.mark.parametrize("size", [SAMPLE_BYTES * 3 + 100, SAMPLE_BYTES * 3, SAMPLE_BYTES * 3 + 2000])
 def test_pipe_that_dies_once(tmp_path: Path, size: int, end: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -300,6 +301,12 @@ def test_class_accuracy_is_that_of_the_judge(vit) -> None:
         judge.classes(torch.zeros(1, 3, 8, 8))
     with pytest.raises(UserError, match="has learned nothing"):
         Judge(Path(__file__).parents[2] / "configs" / "experiment" / "vit.yaml").check()
+
+
+def test_gaussians_of_no_data_are_refused(tmp_path: Path) -> None:
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "run" / "evaluate_images.py"))
+    with pytest.raises(UserError, match="the name of the data is missing; write .*:NAME:gaussians"):
+        tool["named"](f"{tmp_path}::gaussians")
 
 
 def test_gaussians_have_the_moments_of_each_class() -> None:

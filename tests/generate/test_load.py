@@ -66,6 +66,8 @@ def test_generate_by_a_weaker_model(run) -> None:
     other = load(run, overrides=["sample.prediction=noise"])
     with pytest.raises(UserError, match="The guide's sample.prediction is noise, this model's velocity"):
         loaded.generate(guide=other, **settings)
+    unsaid = load(run, overrides=["~sample.prediction"])  # its default is what the other says
+    assert torch.equal(loaded.generate(guide=unsaid, **settings).images, plain)
 
 
 def test_generate_takes_the_config_and_overrides(run) -> None:

@@ -158,7 +158,7 @@ def test_augmentation_is_what_it_says() -> None:
     augment = DiffAugment(3, translation=0.25, cutout=0.5)
     row = torch.arange(5)
     image = torch.rand(5, 3, 8, 8, dtype=torch.float64) * 2 - 1
-    u = uniform(row, (8,), seed=3, purpose="diff_augment/it").double()
+    u = uniform(row, (8,), seed=3, purpose="diff_augment/it", dtype=torch.float64)
     out = augment(image, row, "it")
     for number in range(5):
         down, right, light, saturation, contrast, top, left, _ = u[number].tolist()
@@ -172,6 +172,12 @@ def test_augmentation_is_what_it_says() -> None:
         expected[:, max(top, 0) : top + 4, max(left, 0) : left + 4] = 0
         torch.testing.assert_close(out[number], expected)
     assert len({tuple(line) for line in u.tolist()}) == 5
+
+
+def test_augmentation_moves_low_precision_by_whole_pixels() -> None:
+    image, row = (torch.rand(4, 1, 8, 600) * 16).round() / 16, torch.arange(4)  # values that bf16 holds
+    augment = DiffAugment(3, color=0, cutout=0.25)
+    assert torch.equal(augment(image.bfloat16(), row, "it").float(), augment(image, row, "it"))
 
 
 def test_augmentation_depends_on_the_row_alone() -> None:

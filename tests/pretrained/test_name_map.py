@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
 from l3m_like.pretrained import NameMap, Source, export_state, family, family_of, import_state
-from tests.pretrained.tiny import config
+from tests.pretrained.tiny import LLM, config
 
 TEMPLATES = {
     "embed.weight": Source("wte", copies=("copy.of.wte",)),
@@ -139,6 +140,9 @@ def test_families_are_found_by_model_type() -> None:
         family("l3m_like.pretrained.llama.decoder")
     with pytest.raises(UserError, match="none of those that are known:\n  llama: it has no TokenEmbed"):
         family_of(nn.Linear(1, 1))
+    fixed = RunConfig.from_file(LLM.with_name("gpt2.yaml"), ["+model.preprocessor.fixed=true"])
+    with torch.device("meta"), pytest.raises(UserError, match="gpt2: its positions are fixed sinusoids"):
+        family_of(fixed.instantiate("model"))
     assert family_of(config("mistral", None).instantiate("model")).model_type == "mistral"
     assert family_of(config("mistral", None, "window=null").instantiate("model")).model_type == "llama"
 

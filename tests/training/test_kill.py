@@ -149,7 +149,8 @@ MAIN_ONLY = ("before_marker", "between_marker_and_latest", "during_pruning")
     ("ranks", "point"),
     [
         *(((0,), point) for point in POINTS),
-        *(((1,), point) for point in POINTS if point not in MAIN_ONLY),
+        ((1,), "mid_write"),
+        *(pytest.param((1,), p, marks=pytest.mark.slow) for p in POINTS if p not in (*MAIN_ONLY, "mid_write")),
         *(pytest.param((0, 1), point, marks=pytest.mark.slow) for point in POINTS),
     ],
     ids=str,
@@ -211,7 +212,7 @@ def other_data(kind: str, folder: Path) -> dict[str, Any]:
     return CONFIG | {"data": {"workers": 2, "train": train_on}}
 
 
-@pytest.mark.parametrize("kind", ["mixture", "stream", "megatron"])
+@pytest.mark.parametrize("kind", ["mixture", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("stream", "megatron"))])
 def test_any_data_goes_on_where_it_was(kind: str, tmp_path: Path) -> None:
     """Killed in a step, and continued on the same and on another number of processes."""
     config = other_data(kind, tmp_path)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_what_strict_leaves_out_is_not_called_loaded(tmp_path: Path) -> None:
         l3m_like.train(tree(tmp_path, "student", frozen=True, init={"from": str(tmp_path / "other")}))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_is_not_called_done(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from l3m_like.training.updates import Update
 
@@ -100,6 +101,53 @@ def test_a_signal_saves_and_is_not_called_done(number: int, tmp_path: Path, monk
     l3m_like.train(tree(tmp_path, "whole", steps=9))
     for name, value in weights(tmp_path, "whole").items():
         assert torch.equal(weights(tmp_path, "run")[name], value), name
+
+
+def test_who_stops_waits_for_no_data_and_no_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that is slow, or gone, costs no checkpoint; an evaluation that was due is made when the run goes on."""
+    from l3m_like.data.loader import Loader
+
+    whole, made = Loader.next_step, []
+    evals = {"heldout": {"data": VECTORS["train"], "every": 2}}
+
+    def fetched(self: Loader) -> Any:
+        made.append(self.number)
+        if len(made) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)  # step 2 knows
+        if len(made) > 2:
+            raise OSError("the disk is gone")
+        return whole(self)
+
+    def evaluated(name: str) -> list[Any]:
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["heldout/loss"]) for line in lines if "heldout/loss" in line]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "next_step", fetched)
+        with pytest.raises(Stopped, match="after step 2 of 5; saved"):
+            l3m_like.train(tree(tmp_path, "run", steps=5, evals=evals))
+    assert made == [0, 1] and not evaluated("run")
+    assert l3m_like.train(tree(tmp_path, "run", steps=5, evals=evals)) == l3m_like.train(
+        tree(tmp_path, "whole", steps=5, evals=evals)
+    )
+    assert evaluated("run") == evaluated("whole") and [step for step, _ in evaluated("run")] == [2, 4, 5]
+
+
+def test_the_wait_for_data_is_that_of_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from l3m_like.data.loader import Loader
+
+    whole = Loader.next_step
+
+    def slow(self: Loader) -> Any:
+        time.sleep(0.5 if self.number == 3 else 0.0)
+        return whole(self)
+
+    monkeypatch.setattr(Loader, "next_step", slow)
+    l3m_like.train(tree(tmp_path, "run", steps=5, evals={"heldout": {"data": VECTORS["train"], "every": 1}}))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    waits = {line["step"]: (line["data_wait"], line["seconds"]) for line in lines if "data_wait" in line}
+    assert all(wait <= seconds for wait, seconds in waits.values()), waits
+    assert waits[3][0] >= 0.5 and sorted(waits) == [1, 2, 3, 4, 5]
 
 
 def test_a_signal_in_the_last_step_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

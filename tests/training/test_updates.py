@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -307,6 +307,40 @@ def test_adaptive_weight_is_finite_where_a_gradient_is_zero() -> None:
     weight = balance.weight({"rebuild": some, "fool": out.sum()}, Alone())
     gradients = [torch.autograd.grad(term, layer.weight, retain_graph=True)[0].norm() for term in (some, out.sum())]
     torch.testing.assert_close(weight, gradients[0] / (gradients[1] + 1e-6))
+
+
+def test_adaptive_weight_in_a_checkpointed_unit() -> None:
+    """Its backward pass runs the layer, and what remembers its output, once more."""
+    from torch.utils.checkpoint import checkpoint
+
+    from l3m_like.training.updates import AdaptiveWeight
+
+    class Alone:
+        def sum(self, value: Tensor) -> Tensor:
+            return value
+
+    layer, x = nn.Linear(3, 2), torch.randn(5, 3)
+    balance = AdaptiveWeight("fool", ["rebuild"], "layer", 10.0)
+    layer.register_forward_hook(balance._remember)
+
+    def weight(run: Any) -> Tensor:
+        out = run(lambda x: layer(x).sigmoid())
+        return balance.weight({"rebuild": out.square().sum(), "fool": out.sum()}, Alone())
+
+    torch.testing.assert_close(weight(lambda unit: checkpoint(unit, x, use_reentrant=False)), weight(lambda unit: unit(x)))
+
+
+def test_adaptive_weight_refuses_a_compiled_unit() -> None:
+    from l3m_like.distributed.compiled import Graphs
+    from l3m_like.training.updates import AdaptiveWeight
+
+    part = nn.ModuleDict({"unit": nn.Sequential(nn.Linear(3, 3)), "head": nn.Linear(3, 2)})
+    Graphs().compile([part["unit"]])
+    for at in ("unit.0", "head"):
+        balance = AdaptiveWeight("fool", ["rebuild"], at, 10.0)
+        balance.attach({"": part})  # type: ignore[dict-item]
+        with pytest.raises(UserError, match="'unit.0' lies in a compiled unit") if at == "unit.0" else nullcontext():
+            balance.check("main", [part])
 
 
 @pytest.mark.parametrize(

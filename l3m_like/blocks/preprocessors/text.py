@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal
-from l3m_like.layers.patch_embed import sincos_positions
+from l3m_like.layers.patch_embed import sincos_at, sincos_positions
 
 
 class TokenEmbed(ReadWriteBlock):
@@ -80,8 +80,11 @@ class PlacedTokenEmbed(TokenEmbed):
         if self.place is not None:
             return tokens + self.place(positions)
         dtype = torch.promote_types(tokens.dtype, torch.float32)
-        table = sincos_positions(self.max_positions, 1, tokens.shape[-1], dtype, tokens.device)
-        return (tokens + table[positions]).to(tokens.dtype)
+        if positions.numel() < self.max_positions:
+            place = sincos_at(positions, torch.zeros_like(positions), tokens.shape[-1]).to(dtype)
+        else:
+            place = sincos_positions(self.max_positions, 1, tokens.shape[-1], dtype, tokens.device)[positions]
+        return (tokens + place).to(tokens.dtype)
 
     def flops(self, ids: Tensor, positions: Tensor | None = None) -> int:  # type: ignore[override]
         return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import os
 import re
+import signal
 import subprocess
 import tarfile
 import time
@@ -11,7 +13,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import IO
 
@@ -125,7 +127,10 @@ def _opened(location: str) -> Iterator[IO[bytes]]:
         with urllib.request.urlopen(location, timeout=TIMEOUT) if location.startswith(REMOTE) else open(location, "rb") as stream:
             yield stream
         return
-    process = subprocess.Popen(location.removeprefix(PIPE), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    # with a session of its own, Ctrl-C does not reach it, and its end is that of all that the shell has started
+    process = subprocess.Popen(
+        location.removeprefix(PIPE), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
     assert process.stdout is not None
     try:
         try:
@@ -136,7 +141,8 @@ def _opened(location: str) -> Iterator[IO[bytes]]:
         _wait(process)
     finally:  # also of a reader that stops early
         process.stdout.close()
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
