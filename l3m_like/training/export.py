@@ -335,8 +335,9 @@ def _write_preprocessor(path: Path, colours: tuple[list[float], list[float]] | N
     """What becomes of images before a model that has no source folder; nothing for a model without images."""
     if colours is not None:
         side = config["image_size"]
-        fields = {"do_resize": True, "size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255}
-        write_json(path, {**fields, "do_normalize": True, "image_mean": colours[0], "image_std": colours[1]})
+        fields = {"do_resize": True, "size": {"height": side, "width": side}, "do_center_crop": False}
+        fields |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+        write_json(path, {**fields, "image_mean": colours[0], "image_std": colours[1]})
 
 
 def _write_tokenizer(cfg: RunConfig, out: Path, config: dict[str, Any]) -> list[str]:

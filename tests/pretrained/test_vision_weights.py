@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from l3m_like.config import RunConfig
 from l3m_like.config.schema import Init
 from l3m_like.core.errors import UserError
 from l3m_like.core.random import uniform
+from l3m_like.core.torchvision_ops import allow_torchvision
 from l3m_like.distributed.mesh import build_mesh
 from l3m_like.layers import sincos_positions
 from l3m_like.pretrained.vit import sinusoids
@@ -243,6 +246,12 @@ def test_there_and_back(kind: str, published, tmp_path) -> None:
             mine, there = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / out, source))
             assert {name for name in there if mine.get(name) != there[name]} <= {"pretrained_cfg"}
             shutil.rmtree(source)
+    if kind != "timm":  # whose config.json has them
+        allow_torchvision()
+        seen = transformers.AutoImageProcessor.from_pretrained(tmp_path / "without", backend="pil")
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (28, 28, 3), dtype=np.uint8))
+        pixels = torch.tensor(np.asarray(seen(picture)["pixel_values"][0]))
+        torch.testing.assert_close(pixels, torch.tensor(np.asarray(picture)).movedim(-1, 0) / 127.5 - 1, rtol=0, atol=1e-5)
 
 
 # ---- parts of published models, other layouts ------------------------------------------------------------------------------
