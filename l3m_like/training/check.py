@@ -33,6 +33,7 @@ from l3m_like.distributed.mesh import AXES, Mesh, axis_sizes, build_mesh
 from l3m_like.distributed.parallelize import apply_tensor_parallel, parallelize
 from l3m_like.generate.sampler import Inference
 from l3m_like.pretrained.folder import FolderMissing
+from l3m_like.training.checkpoint import refuse_other_model
 from l3m_like.training.evaluate import Evaluations
 from l3m_like.training.flops import FORMULA, StepFlops
 from l3m_like.training.init import init_specs, materialize, random_weights
@@ -45,6 +46,7 @@ from l3m_like.training.updates import assign_parameters
 
 #: exit code where the data, or anything else that lies on another machine, could not be looked at
 NOT_CHECKED = 2
+ABSENT = f"not checked, because it is not on this machine (exit code {NOT_CHECKED})"
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
         evaluations = Evaluations(cfg, run.model, run.losses, mesh, run.micro_rows)
         data, missing = _check_data(cfg, run, evaluations, skip=model_only)
         left: list[str] = []
-        missing |= _check_start(cfg, run.model, left)
+        start, absent = _check_start(cfg, run.model, left)
+        missing |= absent
         flops, flops_numbers = _flops_section(cfg, run, dp_size)
         become_local(run.model, sharded, cfg.parallel.precision)
         trace = Trace(run.wiring, run.micro_rows)  # once more: plan's is in the dtype of the master weights
@@ -163,6 +166,7 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
         *([Section("optimizers", [row[:-1] for row in listing(made)], right=(3,))] if muon else []),
         memory,
         flops,
+        *([Section(ABSENT, list(missing.items()), notes=start)] if missing else []),
     ]
     return Report(sections, missing, warnings, {**parameter_numbers, **memory_numbers, **flops_numbers})
 
@@ -280,28 +284,24 @@ def _check_data(cfg: RunConfig, run: Plan, evaluations: Evaluations, *, skip: bo
     return lines, missing
 
 
-def _check_start(cfg: RunConfig, model: nn.Module, warnings: list[str]) -> dict[str, str]:
-    """Weights or a checkpoint to start from that are not on this machine; those of a Hugging Face folder must fit the model."""
-    places = {}
+def _check_start(cfg: RunConfig, model: nn.Module, warnings: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Weights and the checkpoint to start from must fit the model; lines and ``{setting: place}`` of those that are not on this
+    machine."""
+    lines, missing = [], {}
     for start in starts(model, cfg.init) if cfg.init is not None else ():
         try:
-            folder = start.folder(download=False)
-        except FolderMissing:
-            places[start.setting] = start.where
-        else:
-            if folder is None:
-                places[start.setting] = start.where
-            else:
-                warnings += [f"{start.setting}: {line}" for line in start.fit(folder).left]
-    if cfg.checkpoint.resume not in ("auto", "never"):
-        places["checkpoint.resume"] = cfg.checkpoint.resume
-    missing = {}
-    for setting, place in places.items():
+            warnings += [f"{start.setting}: {line}" for line in start.fit(download=False).left]
+        except FolderMissing as error:
+            missing[start.setting] = start.where
+            lines.append(str(error))
+    where = cfg.checkpoint.resume
+    if where not in ("auto", "never"):
         try:
-            find_checkpoint(place, setting)
-        except UserError:
-            missing[setting] = place
-    return missing
+            refuse_other_model(*find_checkpoint(where, "checkpoint.resume"), model)
+        except FolderMissing as error:
+            missing["checkpoint.resume"] = where
+            lines.append(str(error))
+    return lines, missing
 
 
 def _trace_evaluations(cfg: RunConfig, run: Plan, evaluations: Evaluations) -> None:
