@@ -15,7 +15,6 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from l3m_like.config import targets
 from l3m_like.config.compose import (
     COMMAND_LINE,
-    DEFAULT,
     ORIGINS_FILE,
     Composed,
     Origins,
@@ -121,6 +120,8 @@ class RunConfig:
         knobs = [str(key) for key in raw if key not in sections]
         _check_knobs(raw, knobs, sections, composed)
         plain = _resolve(OmegaConf.merge(_defaults(), tree), origins)  # `${seed}` works where the file leaves seed out
+        expressions = {path: text for path, text in _leaves(raw).items() if isinstance(text, str) and references(text)}
+        origins.expressions = expressions  # not before they were resolved: one could read itself
         given = {key: value for key, value in plain.items() if key in sections}
         if isinstance(given.get("run", {}), Mapping):
             imports = given.get("run", {}).get("imports", [])
@@ -134,7 +135,7 @@ class RunConfig:
         made._check_sections(origins)
         if made.debug:
             made._apply_debug(origins)
-        made.origins = _written_origins(to_plain(made), origins, raw)
+        made.origins = {path: origins(path) for path in _leaves(to_plain(made))}
         return made
 
     def _check_length(self, origins: Origins) -> None:
@@ -328,20 +329,6 @@ def _resolve(tree: Any, origins: Origins) -> dict[str, Any]:
 def _above(path: str) -> list[str]:
     parts = path.split(".")
     return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-
-
-def _written_origins(plain: Mapping[str, Any], origins: Origins, raw: Any) -> dict[str, str]:
-    """``{path: origin}`` of every value of the finished config, with the expression that it was."""
-    expressions = {path: value for path, value in _leaves(raw).items() if isinstance(value, str) and references(value)}
-    out = {}
-    for path in _leaves(plain):
-        origin = next((origins.recorded[p] for p in reversed(_above(path)) if p in origins.recorded), DEFAULT)
-        expression = next((expressions[p] for p in reversed(_above(path)) if p in expressions), None)
-        if expression and expression not in origin:
-            read = dict.fromkeys(origins(name) for name in references(expression))
-            origin = f"{origin} = {expression} ({', '.join(read)})"
-        out[path] = origin
-    return out
 
 
 def _escape(value: Any) -> Any:

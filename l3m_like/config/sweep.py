@@ -36,7 +36,7 @@ def sweep(config: Path, overrides: Sequence[str], failures: Failures) -> int:
     """Run the sweep. Returns the exit code: 1 if a job failed.
 
     Raises:
-        UserError: what is wrong with the sweep or, in lock-step, with one of its jobs.
+        UserError: what is wrong with the sweep or with the config of one of its jobs; in lock-step, how one of them failed.
     """
     first = RunConfig.from_file(config, first_job(overrides))
     lockstep = failures.world_size > 1
@@ -51,7 +51,8 @@ def sweep(config: Path, overrides: Sequence[str], failures: Failures) -> int:
         old.unlink()
 
     def table() -> None:
-        print(f"\n{write_table(folder)}\n{folder / 'sweep.csv'}", flush=True)
+        if records(folder):
+            print(f"\n{write_table(folder)}\n{folder / 'sweep.csv'}", flush=True)
 
     failures.last_words = table
     drive(config, overrides, folder, lockstep=lockstep)
@@ -105,9 +106,9 @@ def drive(config: Path, overrides: Sequence[str], folder: Path, *, lockstep: boo
             job.write(status, error=str(error).splitlines()[0] if str(error) else type(error).__name__)
             raise _EndSweep(error) from error
 
-    register()
     folders = search_folders(config)
     own, overrides = split(overrides, parse_overrides(overrides))
+    register(own)
     quiet = [
         f"hydra/{name}=none" for name in ("job_logging", "hydra_logging") if not any(f"hydra/{name}" in o for o in overrides)
     ]

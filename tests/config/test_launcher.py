@@ -138,10 +138,12 @@ def test_sweep_errors(alone: list[RunConfig], capsys: pytest.CaptureFixture[str]
         ("dmi=1,2",): "Did you mean 'dim'?",
         ("run.name=a,b",): "names its jobs' directories itself",
         ("dim=1,2", "hydra/launcher=torchrnu"): "torchrnu",
+        ("dim=4,8,wide",): "job 2 of the sweep (dim=wide); no job was started: model.",
+        ("dim=4,8,wide", "hydra/launcher=torchrun"): "job 2 of the sweep (dim=wide); no job was started: model.",
     }.items():
         assert launch("-m", *overrides) == 1
         assert part in capsys.readouterr().err
-    assert not alone
+    assert not alone and not list(Path("runs").glob("*/*/"))
 
 
 def test_the_environment_of_other_launchers() -> None:
