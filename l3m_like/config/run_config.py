@@ -167,7 +167,8 @@ class RunConfig:
             if evaluation.loss is not None:
                 evaluation.loss = _named_targets(evaluation.loss, f"evals.{name}.loss", origins)
         if self.sample is not None:
-            _need_target(self.sample, "sample", origins)
+            if "_target_" not in self.sample:
+                raise self.no_sampler(f"{at('sample', self.sample, origins)}: ")
             self.sample = targets.check(self.sample, "sample", origins, supplied=True)
         for name, update in self.updates.items():
             build(Optim, to_plain(self.optim) | update.optim, f"updates.{name}.optim", origins)
@@ -213,6 +214,15 @@ class RunConfig:
             node = node[part]
         with selecting(dataclasses.asdict(self.kernels)):
             return targets.instantiate(node, path, Origins(self.origins), **supplied)
+
+    def no_sampler(self, said: str = "") -> UserError:
+        """The error for a run that nothing can be sampled from; it begins with what was ``said``."""
+        terms = ", ".join(sorted({str(loss.get("_target_")).rpartition(".")[2] for loss in self.loss.values()}))
+        return UserError(
+            f"{said}{self.run.name} has no sampler (no `sample` section); it is trained for {terms}. Language models (llm, dllm) "
+            "and models of images (sit, dit_dh) have one: sample: {_target_: l3m_like.generate.Autoregressive, ...}, or "
+            "MaskedDiffusion, FlowODE, FlowSDE."
+        )
 
     @property
     def run_dir(self) -> Path:

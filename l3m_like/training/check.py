@@ -123,11 +123,11 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
             refuse_hidden(cfg.parallel.checkpoint, compiled=cfg.parallel.compile)
         sharded = _check_mesh(cfg, run, mesh)
         inference = _check_sampler(cfg, run.model)
-        evaluations = Evaluations(cfg, run.model, run.losses, mesh, run.micro_rows)
-        data, missing = _check_data(cfg, run, evaluations, skip=model_only)
+        evaluations = Evaluations(cfg, run.model, run.losses, mesh, run.micro_rows, run.trace.limits)
+        reasons: list[str] = []
+        data, missing = _check_data(cfg, run, evaluations, reasons, skip=model_only)
         left: list[str] = []
-        start, absent = _check_start(cfg, run.model, left)
-        missing |= absent
+        missing |= _check_start(cfg, run.model, left, reasons)
         flops, flops_numbers = _flops_section(cfg, run, dp_size)
         become_local(run.model, sharded, cfg.parallel.precision)
         trace = Trace(run.wiring, run.micro_rows)  # once more: plan's is in the dtype of the master weights
@@ -166,7 +166,7 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
         *([Section("optimizers", [row[:-1] for row in listing(made)], right=(3,))] if muon else []),
         memory,
         flops,
-        *([Section(ABSENT, list(missing.items()), notes=start)] if missing else []),
+        *([Section(ABSENT, notes=reasons)] if missing else []),
     ]
     return Report(sections, missing, warnings, {**parameter_numbers, **memory_numbers, **flops_numbers})
 
@@ -258,8 +258,11 @@ def _check_sampler(cfg: RunConfig, model: nn.Module) -> str:
     return f"{name} over {', '.join(path for path, _ in graph.blocks)}"
 
 
-def _check_data(cfg: RunConfig, run: Plan, evaluations: Evaluations, *, skip: bool) -> tuple[list[str], dict[str, str]]:
-    """One real sample of every dataset against its declaration: lines for the report, and ``{dataset: path not found}``."""
+def _check_data(
+    cfg: RunConfig, run: Plan, evaluations: Evaluations, reasons: list[str], *, skip: bool
+) -> tuple[list[str], dict[str, str]]:
+    """One real sample of every dataset against its declaration: lines for the report, and ``{dataset: path not found}``, with
+    ``reasons``."""
     datasets = {"data.train": run.dataset} | {f"evals.{name}.data": found for name, found in evaluations.datasets.items()}
     datasets |= {f"data.{name}": cfg.instantiate(f"data.{name}") for name in cfg.data.sets if name != "train"}
     lines, missing = [], {}
@@ -273,6 +276,7 @@ def _check_data(cfg: RunConfig, run: Plan, evaluations: Evaluations, *, skip: bo
         except DataMissing as error:
             missing[name] = error.path
             lines.append(f"{name}: NOT CHECKED ({error.path})")
+            reasons.append(f"{name}: {error}")
             with contextlib.suppress(DataMissing):  # the tokenizer's file may be here though the text is not
                 dataset.process.check()
     for name in evaluations.objects:
@@ -281,27 +285,28 @@ def _check_data(cfg: RunConfig, run: Plan, evaluations: Evaluations, *, skip: bo
         except DataMissing as error:
             missing[f"evals.{name}.run"] = error.path
             lines.append(f"evals.{name}.run: NOT CHECKED ({error.path})")
+            reasons.append(str(error))
     return lines, missing
 
 
-def _check_start(cfg: RunConfig, model: nn.Module, warnings: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Weights and the checkpoint to start from must fit the model; lines and ``{setting: place}`` of those that are not on this
-    machine."""
-    lines, missing = [], {}
+def _check_start(cfg: RunConfig, model: nn.Module, warnings: list[str], reasons: list[str]) -> dict[str, str]:
+    """Weights and the checkpoint to start from must fit the model; ``{setting: place}`` of those that are not on this machine,
+    with ``reasons``."""
+    missing = {}
     for start in starts(model, cfg.init) if cfg.init is not None else ():
         try:
             warnings += [f"{start.setting}: {line}" for line in start.fit(download=False).left]
         except FolderMissing as error:
             missing[start.setting] = start.where
-            lines.append(str(error))
+            reasons.append(str(error))
     where = cfg.checkpoint.resume
     if where not in ("auto", "never"):
         try:
             refuse_other_model(*find_checkpoint(where, "checkpoint.resume"), model)
         except FolderMissing as error:
             missing["checkpoint.resume"] = where
-            lines.append(str(error))
-    return lines, missing
+            reasons.append(str(error))
+    return missing
 
 
 def _trace_evaluations(cfg: RunConfig, run: Plan, evaluations: Evaluations) -> None:
