@@ -193,6 +193,10 @@ def reason(log: Path, code: int) -> str:
     return ours[0].removeprefix("error: ") if ours else (lines[-1].strip() if lines else f"exit code {code}")
 
 
+#: by the names that Hydra gets; `basic` is its default
+LAUNCHERS: dict[str, type[Launcher]] = {"basic": InProcessLauncher, "torchrun": TorchrunLauncher}
+
+
 @dataclass
 class _Node:
     _target_: str
@@ -200,7 +204,7 @@ class _Node:
 
 
 def register(own: Sequence[str] = ()) -> None:
-    """Make our launchers known to Hydra: `hydra/launcher=torchrun`, and `basic`, which is its default.
+    """Make our launchers known to Hydra.
 
     Hydra takes plugins from the namespace package `hydra_plugins` only. This module is entered under such a name, so that
     nothing has to be installed into that namespace (a clone runs as it is).
@@ -215,9 +219,9 @@ def register(own: Sequence[str] = ()) -> None:
             namespace = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
             namespace.__path__ = []
         sys.modules[PLUGIN] = namespace.l3m_like = sys.modules[__name__]  # type: ignore[attr-defined]
-        for launcher in (InProcessLauncher, TorchrunLauncher):
+        for launcher in LAUNCHERS.values():
             launcher.__module__ = PLUGIN
             Plugins.instance().register(launcher)
-    for name, launcher in {"basic": InProcessLauncher, "torchrun": TorchrunLauncher}.items():
+    for name, launcher in LAUNCHERS.items():
         node = _Node(f"{PLUGIN}.{launcher.__name__}", list(own))
         ConfigStore.instance().store(group="hydra/launcher", name=name, node=node, provider="l3m_like")

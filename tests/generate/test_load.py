@@ -110,7 +110,7 @@ def test_errors(run, tmp_path) -> None:
 
 
 def test_what_cannot_be_sampled_from(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"vit has no sampler .* it is trained for ClassAccuracy, Classification. Language models .llm, dllm"):
+    with pytest.raises(UserError, match=r"vit has no sampler .* for ClassAccuracy, Classification. Language models .llm, dllm"):
         tiny("vit").generate()
     with pytest.raises(UserError, match=r"sample = {'steps': 4} .command line.: vit has no sampler"):
         load(CONFIGS / "vit.yaml", overrides=["sample.steps=4"])
