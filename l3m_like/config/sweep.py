@@ -20,6 +20,7 @@ from l3m_like.config.job import RECORD, Job, quoted, records, write_table
 from l3m_like.config.own_data import split
 from l3m_like.config.ranks import Failures
 from l3m_like.config.run_config import RunConfig
+from l3m_like.config.run_dir import cannot_write
 from l3m_like.config.torchrun_launcher import register
 from l3m_like.core.errors import Stopped, UserError
 
@@ -46,7 +47,10 @@ def sweep(config: Path, overrides: Sequence[str], failures: Failures) -> int:
         return 0
     digest = hashlib.sha1(repr((str(config), list(overrides))).encode()).hexdigest()[:6]
     folder = Path(first.run.dir) / f"{first.run.name}-sweep-{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     for old in folder.glob(f"*/{RECORD}"):
         old.unlink()
 
