@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, metavar="N", help="pictures of each set at most (of a run: how many it makes)")
     parser.add_argument("--step", type=int, help="of a run's checkpoint (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="a run's averaged weights")
-    parser.add_argument("--judge", metavar="RUN", help="of a classifier: adds class_accuracy, of the generated set")
+    parser.add_argument("--judge", metavar="RUN", help="of a classifier (or its RUN/checkpoints/step_N): adds class_accuracy")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default: 64)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON too")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of a run's sampler")

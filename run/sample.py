@@ -19,11 +19,11 @@ from pathlib import Path
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="the run's directory (or a config: the weights it starts from)")
+    parser.add_argument("--run", required=True, help="the run's directory or RUN/checkpoints/step_N (a config: initial weights)")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="use the averaged weights")
-    parser.add_argument("--guide", help="run of a weaker model that `guidance` leads away from (images)")
-    parser.add_argument("--decode", help="run of the autoencoder whose latents these samples are")
+    parser.add_argument("--guide", help="run (or checkpoint folder) of a weaker model that `guidance` leads away from")
+    parser.add_argument("--decode", help="run (or checkpoint folder) of the autoencoder whose latents these are")
     parser.add_argument("--out", type=Path, help="file to write (images default to RUN/samples/)")
     parser.add_argument("--parallel", default="", metavar="AXIS=N,...", help="mesh axes (default: dp_shard takes all processes)")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of the sampler")
@@ -79,6 +79,7 @@ def parse_axes(written: str) -> dict[str, int]:
 
 def default_path(run: Path, step: int | None, ema: bool, suffix: str) -> Path:
     name = "random" if step is None else f"step_{step:08d}{'_ema' if ema else ''}"
+    run = run.parents[1] if run.name.startswith("step_") else run
     return (run if run.is_dir() else Path("runs")) / "samples" / f"{name}{suffix}"
 
 

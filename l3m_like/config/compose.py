@@ -31,10 +31,13 @@ ORIGINS_FILE = "config_origins.yaml"
 
 class Origins:
     """Where each value was written: ``llm.yaml:12``, ``command line``, ``default``. Scalars and lists are recorded; a dict
-    has the origin of what is in it."""
+    has the origin of what is in it. One that was written as an expression has the origins of what that reads as well:
+    ``llm.yaml:12 = ${dim} (command line)``."""
 
     def __init__(self, recorded: dict[str, str] | None = None) -> None:
         self.recorded = dict(recorded or {})
+        #: ``{path: the expression that was written there}``, none of which reads itself
+        self.expressions: dict[str, str] = {}
 
     def record(self, path: str, origin: str) -> None:
         """``path`` was given anew: what was known about it, below it and above it as a scalar, is gone."""
@@ -47,15 +50,18 @@ class Origins:
     def drop(self, path: str) -> None:
         for old in [p for p in self.recorded if p == path or p.startswith(path + ".")]:
             del self.recorded[old]
+            self.expressions.pop(old, None)
 
     def __call__(self, path: str) -> str:
         """The origin of ``path``: its own, else that of the list or expression it is part of, else of what it holds."""
         parts = path.split(".")
-        for n in range(len(parts), 0, -1):
-            if ".".join(parts[:n]) in self.recorded:
-                return self.recorded[".".join(parts[:n])]
+        above = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
         inside = (origin for p, origin in self.recorded.items() if p.startswith(path + "."))
-        return next(inside, DEFAULT)
+        origin = next((self.recorded[p] for p in above if p in self.recorded), None) or next(inside, DEFAULT)
+        expression = next((self.expressions[p] for p in above if p in self.expressions), None)
+        if expression is None or expression in origin:  # a saved config's origins tell it already
+            return origin
+        return f"{origin} = {expression} ({', '.join(dict.fromkeys(self(name) for name in references(expression)))})"
 
 
 @dataclass

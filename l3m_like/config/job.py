@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l3m_like.config.run_config import RunConfig
+from l3m_like.core.errors import UserError
+
 RECORD = "job.json"
 
 
@@ -45,6 +48,19 @@ class Job:
         values = dict(text.partition("=")[::2] for text in self.shown())
         record = {"job": self.number, "status": status, "overrides": values, "metrics": dict(metrics or {}), "error": error}
         (self.folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """Compose and check the configs of all jobs, before the first of them starts.
+
+    Raises:
+        UserError: what is wrong with one of them, and which it is.
+    """
+    for job in jobs:
+        try:
+            RunConfig.from_file(job.config, job.all_overrides())
+        except UserError as error:
+            raise UserError(f"job {job.number} of the sweep ({' '.join(job.shown())}); no job was started: {error}") from error
 
 
 def quoted(text: str) -> str:

@@ -15,7 +15,6 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from l3m_like.config import targets
 from l3m_like.config.compose import (
     COMMAND_LINE,
-    DEFAULT,
     ORIGINS_FILE,
     Composed,
     Origins,
@@ -121,6 +120,8 @@ class RunConfig:
         knobs = [str(key) for key in raw if key not in sections]
         _check_knobs(raw, knobs, sections, composed)
         plain = _resolve(OmegaConf.merge(_defaults(), tree), origins)  # `${seed}` works where the file leaves seed out
+        expressions = {path: text for path, text in _leaves(raw).items() if isinstance(text, str) and references(text)}
+        origins.expressions = expressions  # not before they were resolved: one could read itself
         given = {key: value for key, value in plain.items() if key in sections}
         if isinstance(given.get("run", {}), Mapping):
             imports = given.get("run", {}).get("imports", [])
@@ -134,7 +135,7 @@ class RunConfig:
         made._check_sections(origins)
         if made.debug:
             made._apply_debug(origins)
-        made.origins = _written_origins(to_plain(made), origins, raw)
+        made.origins = {path: origins(path) for path in _leaves(to_plain(made))}
         return made
 
     def _check_length(self, origins: Origins) -> None:
@@ -166,7 +167,8 @@ class RunConfig:
             if evaluation.loss is not None:
                 evaluation.loss = _named_targets(evaluation.loss, f"evals.{name}.loss", origins)
         if self.sample is not None:
-            _need_target(self.sample, "sample", origins)
+            if "_target_" not in self.sample:
+                raise self.no_sampler(f"{at('sample', self.sample, origins)}: ")
             self.sample = targets.check(self.sample, "sample", origins, supplied=True)
         for name, update in self.updates.items():
             build(Optim, to_plain(self.optim) | update.optim, f"updates.{name}.optim", origins)
@@ -212,6 +214,15 @@ class RunConfig:
             node = node[part]
         with selecting(dataclasses.asdict(self.kernels)):
             return targets.instantiate(node, path, Origins(self.origins), **supplied)
+
+    def no_sampler(self, said: str = "") -> UserError:
+        """The error for a run that nothing can be sampled from; it begins with what was ``said``."""
+        terms = ", ".join(sorted({str(loss.get("_target_")).rpartition(".")[2] for loss in self.loss.values()}))
+        return UserError(
+            f"{said}{self.run.name} has no sampler (no `sample` section); it is trained for {terms}. Language models (llm, dllm) "
+            "and models of images (sit, dit_dh) have one: sample: {_target_: l3m_like.generate.Autoregressive, ...}, or "
+            "MaskedDiffusion, FlowODE, FlowSDE."
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -328,20 +339,6 @@ def _resolve(tree: Any, origins: Origins) -> dict[str, Any]:
 def _above(path: str) -> list[str]:
     parts = path.split(".")
     return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-
-
-def _written_origins(plain: Mapping[str, Any], origins: Origins, raw: Any) -> dict[str, str]:
-    """``{path: origin}`` of every value of the finished config, with the expression that it was."""
-    expressions = {path: value for path, value in _leaves(raw).items() if isinstance(value, str) and references(value)}
-    out = {}
-    for path in _leaves(plain):
-        origin = next((origins.recorded[p] for p in reversed(_above(path)) if p in origins.recorded), DEFAULT)
-        expression = next((expressions[p] for p in reversed(_above(path)) if p in expressions), None)
-        if expression and expression not in origin:
-            read = dict.fromkeys(origins(name) for name in references(expression))
-            origin = f"{origin} = {expression} ({', '.join(read)})"
-        out[path] = origin
-    return out
 
 
 def _escape(value: Any) -> Any:

@@ -45,7 +45,7 @@ def start_run(cfg: RunConfig) -> Path:
     Called on all ranks: rank 0 decides, the others hear of it. Calling it again does nothing new.
 
     Raises:
-        UserError: the directory holds a run of another configuration (on all ranks).
+        UserError: the directory holds a run of another configuration, or cannot be written (on all ranks).
     """
     from l3m_like.distributed import mesh
 
@@ -53,16 +53,22 @@ def start_run(cfg: RunConfig) -> Path:
     decided: Any = None
     if rank == 0:
         try:
-            decided = _claim(cfg)
+            decided = cfg.run.name, cfg.run.id = _claim(cfg)
+            cfg.save(cfg.run_dir)
         except UserError as error:
             decided = error
+        except OSError as error:
+            decided = cannot_write(cfg.run_dir, error)
     decided = mesh.broadcast_object(decided)
     if isinstance(decided, UserError):
         raise decided
     cfg.run.name, cfg.run.id = decided
-    if rank == 0:
-        cfg.save(cfg.run_dir)
     return cfg.run_dir
+
+
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    """The error for a directory below `run.dir` that nothing can be written to."""
+    return UserError(f"{folder} cannot be written: {error.strerror}. Give run.dir=..., a folder where you may write.")
 
 
 def _claim(cfg: RunConfig) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from l3m_like.config.job import RECORD, Job, quoted, records, write_table
 from l3m_like.config.own_data import split
 from l3m_like.config.ranks import Failures
 from l3m_like.config.run_config import RunConfig
+from l3m_like.config.run_dir import cannot_write
 from l3m_like.config.torchrun_launcher import register
 from l3m_like.core.errors import Stopped, UserError
 
@@ -36,7 +37,7 @@ def sweep(config: Path, overrides: Sequence[str], failures: Failures) -> int:
     """Run the sweep. Returns the exit code: 1 if a job failed.
 
     Raises:
-        UserError: what is wrong with the sweep or, in lock-step, with one of its jobs.
+        UserError: what is wrong with the sweep or with the config of one of its jobs; in lock-step, how one of them failed.
     """
     first = RunConfig.from_file(config, first_job(overrides))
     lockstep = failures.world_size > 1
@@ -46,12 +47,16 @@ def sweep(config: Path, overrides: Sequence[str], failures: Failures) -> int:
         return 0
     digest = hashlib.sha1(repr((str(config), list(overrides))).encode()).hexdigest()[:6]
     folder = Path(first.run.dir) / f"{first.run.name}-sweep-{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     for old in folder.glob(f"*/{RECORD}"):
         old.unlink()
 
     def table() -> None:
-        print(f"\n{write_table(folder)}\n{folder / 'sweep.csv'}", flush=True)
+        if records(folder):
+            print(f"\n{write_table(folder)}\n{folder / 'sweep.csv'}", flush=True)
 
     failures.last_words = table
     drive(config, overrides, folder, lockstep=lockstep)
@@ -105,9 +110,9 @@ def drive(config: Path, overrides: Sequence[str], folder: Path, *, lockstep: boo
             job.write(status, error=str(error).splitlines()[0] if str(error) else type(error).__name__)
             raise _EndSweep(error) from error
 
-    register()
     folders = search_folders(config)
     own, overrides = split(overrides, parse_overrides(overrides))
+    register(own)
     quiet = [
         f"hydra/{name}=none" for name in ("job_logging", "hydra_logging") if not any(f"hydra/{name}" in o for o in overrides)
     ]

@@ -1,6 +1,7 @@
-"""``hydra/launcher=torchrun``: every job of a sweep in processes of its own, with GPUs and a port of its own.
+"""How Hydra starts the jobs of a sweep: in this process (`basic`), or with ``hydra/launcher=torchrun`` each in processes of its
+own, with GPUs and a port of its own; there a job that fails is named and leaves the sweep running.
 
-A job that fails is named and leaves the sweep running.
+Either checks the configs of all its jobs before the first one starts.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import sys
 import types
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -26,7 +28,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from l3m_like.config.compose import COMMAND_LINE
-from l3m_like.config.job import Job
+from l3m_like.config.job import Job, check_jobs
 from l3m_like.config.schema import Launcher as LauncherSection
 from l3m_like.config.strict import build
 from l3m_like.core.errors import UserError
@@ -47,8 +49,32 @@ _RANK_VARIABLES = (
 )
 
 
+class InProcessLauncher(BasicLauncher):
+    """Hydra's own, after a look at all jobs.
+
+    Args:
+        own: overrides of every job that Hydra does not know.
+    """
+
+    def __init__(self, own: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.own = own
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        assert self.config is not None
+        check_jobs(jobs_of(self.config, self.own, job_overrides, initial_job_idx))
+        return super().launch(job_overrides, initial_job_idx)
+
+
 class TorchrunLauncher(Launcher):
-    """Starts one torchrun (one process: plain python) per job."""
+    """Starts one torchrun (one process: plain python) per job.
+
+    Args:
+        own: overrides of every job that Hydra does not know.
+    """
+
+    def __init__(self, own: Sequence[str] = ()) -> None:
+        self.own = own
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -57,6 +83,8 @@ class TorchrunLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs, as many at a time as ``launcher.parallel_jobs`` and the GPUs allow, and wait for all."""
+        jobs = jobs_of(self.config, self.own, job_overrides, initial_job_idx)
+        check_jobs(jobs)
         section = self._section(self.config)
         devices = visible_gpus()
         gpus = section.gpus_per_job if section.gpus_per_job is not None else min(1, len(devices))
@@ -72,16 +100,16 @@ class TorchrunLauncher(Launcher):
         processes = section.processes_per_job or max(1, gpus)
         started: list[subprocess.Popen[bytes]] = []
 
-        def one(number: int, overrides: Sequence[str]) -> JobReturn:
+        def one(job: Job) -> JobReturn:
             mine = free.get()
             try:
-                return self._job(number, [text for text in overrides if not text.startswith("hydra")], processes, mine, started)
+                return self._run(job, processes, mine, started)
             finally:
                 free.put(mine)
 
         with ThreadPoolExecutor(at_once) as pool:
             try:
-                return list(pool.map(one, range(initial_job_idx, initial_job_idx + len(job_overrides)), job_overrides))
+                return list(pool.map(one, jobs))
             except BaseException:  # Ctrl-C: jobs have process groups of their own and would live on
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in started:
@@ -93,12 +121,7 @@ class TorchrunLauncher(Launcher):
         given = OmegaConf.to_container(config.get("launcher") or OmegaConf.create({}), resolve=True)
         return build(LauncherSection, given, "launcher", lambda path: COMMAND_LINE)
 
-    def _job(
-        self, number: int, overrides: list[str], processes: int, devices: list[str], started: list[subprocess.Popen[bytes]]
-    ) -> JobReturn:
-        hydra = self.config.hydra
-        folder = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
-        job = Job(str(Path(folder) / f"{hydra.job.config_name}.yaml"), str(hydra.sweep.dir), number, overrides)
+    def _run(self, job: Job, processes: int, devices: list[str], started: list[subprocess.Popen[bytes]]) -> JobReturn:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
         command = [
             sys.executable,
@@ -111,14 +134,14 @@ class TorchrunLauncher(Launcher):
         env = {k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")}
         env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         job.folder.mkdir(parents=True, exist_ok=True)
-        print(f"sweep: job {number} starts: {' '.join(job.shown())}", flush=True)
+        print(f"sweep: job {job.number} starts: {' '.join(job.shown())}", flush=True)
         with open(job.folder / "log.txt", "wb") as log:
             process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             started.append(process)
             code = process.wait()
         result = job.folder / "result.json"
         out = JobReturn()
-        out.overrides = overrides
+        out.overrides = job.overrides
         out.status = JobStatus.COMPLETED
         if code == 0 and result.is_file():
             metrics = json.loads(result.read_text())
@@ -128,12 +151,21 @@ class TorchrunLauncher(Launcher):
         error = reason(job.folder / "log.txt", code)
         job.write("failed", error=error)
         print(
-            f"sweep: job {number} FAILED ({' '.join(job.shown())}): {error}\n       its output: {job.folder / 'log.txt'}",
+            f"sweep: job {job.number} FAILED ({' '.join(job.shown())}): {error}\n       its output: {job.folder / 'log.txt'}",
             file=sys.stderr,
             flush=True,
         )
         out.return_value = float("nan")  # sweepers take it for a bad trial; an exception would end the sweep
         return out
+
+
+def jobs_of(config: DictConfig, own: Sequence[str], job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
+    """The jobs that Hydra wants, numbered from ``first``, of the sweep that ``config`` describes."""
+    hydra = config.hydra
+    folder = next(source.path for source in hydra.runtime.config_sources if source.provider == "main")
+    file = str(Path(folder) / f"{hydra.job.config_name}.yaml")
+    given = ([text for text in overrides if not text.startswith("hydra")] for overrides in job_overrides)
+    return [Job(file, str(hydra.sweep.dir), number, [*own, *overrides]) for number, overrides in enumerate(given, start=first)]
 
 
 def this_program(*, module_flag: bool) -> list[str]:
@@ -161,25 +193,35 @@ def reason(log: Path, code: int) -> str:
     return ours[0].removeprefix("error: ") if ours else (lines[-1].strip() if lines else f"exit code {code}")
 
 
+#: by the names that Hydra gets; `basic` is its default
+LAUNCHERS: dict[str, type[Launcher]] = {"basic": InProcessLauncher, "torchrun": TorchrunLauncher}
+
+
 @dataclass
 class _Node:
-    _target_: str = f"{PLUGIN}.TorchrunLauncher"
+    _target_: str
+    own: list[str] = field(default_factory=list)
 
 
-def register() -> None:
-    """Make `hydra/launcher=torchrun` known to Hydra.
+def register(own: Sequence[str] = ()) -> None:
+    """Make our launchers known to Hydra.
 
     Hydra takes plugins from the namespace package `hydra_plugins` only. This module is entered under such a name, so that
     nothing has to be installed into that namespace (a clone runs as it is).
+
+    Args:
+        own: overrides of every job that Hydra does not know.
     """
-    if PLUGIN in sys.modules:
-        return
-    try:
-        namespace = importlib.import_module("hydra_plugins")
-    except ModuleNotFoundError:  # no other plugin is installed
-        namespace = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
-        namespace.__path__ = []
-    sys.modules[PLUGIN] = namespace.l3m_like = sys.modules[__name__]  # type: ignore[attr-defined]
-    TorchrunLauncher.__module__ = PLUGIN
-    Plugins.instance().register(TorchrunLauncher)
-    ConfigStore.instance().store(group="hydra/launcher", name="torchrun", node=_Node, provider="l3m_like")
+    if PLUGIN not in sys.modules:
+        try:
+            namespace = importlib.import_module("hydra_plugins")
+        except ModuleNotFoundError:  # no other plugin is installed
+            namespace = sys.modules["hydra_plugins"] = types.ModuleType("hydra_plugins")
+            namespace.__path__ = []
+        sys.modules[PLUGIN] = namespace.l3m_like = sys.modules[__name__]  # type: ignore[attr-defined]
+        for launcher in LAUNCHERS.values():
+            launcher.__module__ = PLUGIN
+            Plugins.instance().register(launcher)
+    for name, launcher in LAUNCHERS.items():
+        node = _Node(f"{PLUGIN}.{launcher.__name__}", list(own))
+        ConfigStore.instance().store(group="hydra/launcher", name=name, node=node, provider="l3m_like")

@@ -86,6 +86,11 @@ class ReadWriteBlock(nn.Module):
         """Forward FLOPs for these ports (the same as compute's; intermediate ones may be on meta). None: not declared."""
         return None if any(True for _ in self.parameters()) else 0
 
+    def limits(self, *args: Any, **ports: Any) -> dict[str, int]:
+        """``{port: n}`` of ports whose numbers must lie in 0 .. n - 1 (classes, tokens): where data gives them, they are compared
+        before they reach the accelerator. The arguments are those of ``flops``."""
+        return {}
+
     def bind(self, mesh: Any) -> None:
         """The one hook for a block that must communicate; called once, after the mesh is built."""
 

@@ -8,6 +8,14 @@ import torch
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The numbers of a key that a model can take: 0 .. ``below`` - 1; ``by`` names the block that says so."""
+
+    below: int
+    by: str
+
+
+@dataclass(frozen=True)
 class KeySpec:
     """dtype and dimensions of one key.
 

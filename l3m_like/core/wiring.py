@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from l3m_like.core.block import Data, ReadWriteBlock
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.core.keys import KeySpec
+from l3m_like.core.keys import KeySpec, Limit
 from l3m_like.core.meta_model import Frozen, Graph, MetaModel, Series, Step, Tower
 
 
@@ -224,6 +224,8 @@ class Trace:
         self.wiring = wiring
         self.rows: list[TraceRow] = []
         self._leaves: list[Leaf] = []
+        #: of what data gives: ``{key: its tightest limit}``
+        self.limits: dict[str, Limit] = {}
         data: Data = {
             key: torch.empty(spec.shape(**sizes_of(spec, rows)), dtype=spec.dtype, device="meta")
             for key, spec in wiring.provided.items()
@@ -240,6 +242,7 @@ class Trace:
             try:
                 leaves = list(_leaves(block, data))
                 flops = [leaf.flops() for leaf in leaves]
+                self._note_limits(path, leaves)
                 after = block(data, small)
             except UserError:
                 raise
@@ -261,6 +264,13 @@ class Trace:
                 self._leaves += leaves
                 data = after
         return data
+
+    def _note_limits(self, path: str, leaves: Sequence[Leaf]) -> None:
+        for leaf in leaves:
+            for port, below in leaf.block.limits(**leaf.ports).items():
+                key = leaf.reads.get(port, "")
+                if key in self.wiring.provided and (key not in self.limits or below < self.limits[key].below):
+                    self.limits[key] = Limit(below, f"{path} ({type(leaf.block).__name__})")
 
     def undeclared(self) -> list[str]:
         """The blocks that have parameters but do not say their FLOPs (MFU is then unknown, not 0)."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from l3m_like.core.errors import UserError
-from l3m_like.core.keys import KeySpec
+from l3m_like.core.keys import KeySpec, Limit
 from l3m_like.core.random import key_of
 from l3m_like.data.mixing import Mix
 from l3m_like.data.packing import Packer, Piece, Ref
@@ -211,6 +211,8 @@ class Dataset:
         self.shuffle = shuffle
         self.block = block
         self.names = tuple(sources) if several else ()
+        #: of the model that the batches are for, see ``Trace.limits``
+        self.limits: Mapping[str, Limit] = {}
         self._mixed = (self.names,) if several else ()  # what a packer is told of a mixture
         self.keys()  # refuses a packer that cannot take what the processor makes
 
@@ -321,9 +323,37 @@ class Dataset:
                 del held[ref]
 
     def collate(self, rows: Sequence[Sequence[Piece]], first_row: int) -> dict[str, Tensor]:
-        """The batch of these rows, the first of which has the running number ``first_row``."""
+        """The batch of these rows, the first of which has the running number ``first_row``.
+
+        Raises:
+            UserError: numbers beyond ``limits``.
+        """
         row = torch.arange(first_row, first_row + len(rows), dtype=torch.int64)
-        return self.pack.collate(rows, *self._mixed) | {"row": row}
+        batch = self.pack.collate(rows, *self._mixed) | {"row": row}
+        for key, limit in self.limits.items():
+            if key in batch:
+                self._refuse_beyond(key, limit, batch[key], rows)
+        return batch
+
+    def _refuse_beyond(self, key: str, limit: Limit, values: Tensor, rows: Sequence[Sequence[Piece]]) -> None:
+        wrong = (values < 0) | (values >= limit.below)
+        if wrong.any():
+            number, *place = wrong.nonzero()[0].tolist()
+            value = int(values[(number, *place)])
+            more = f"Give the model {value + 1} of them or more (classes, vocab_size), or correct" if value >= 0 else "Correct"
+            raise UserError(
+                f"{' + '.join(map(str, rows[number]))}: {key} is {value}, but {limit.by} takes 0 .. {limit.below - 1}. "
+                f"{more} the data."
+            )
+
+    def check_processors(self) -> None:
+        """Let the processors read what they need, so that no sample is blamed for a tokenizer that is not there.
+
+        Raises:
+            DataMissing: a file is not on this machine. UserError: it is of another kind, or does not fit.
+        """
+        for part in self.parts.values():
+            part.process.check()
 
     def check(self) -> dict[str, Tensor]:
         """Read real samples, compare the batch that they make with ``keys()``, and return that batch (one row).
@@ -331,8 +361,8 @@ class Dataset:
         Raises:
             DataMissing: the data is not on this machine. UserError: it is not what ``keys()`` declares.
         """
+        self.check_processors()
         for part in self.parts.values():
-            part.process.check()
             if part.indexed:
                 len(part.source)
             next(Dataset(part.source, part.process, self.pack).items())

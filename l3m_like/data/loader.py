@@ -96,6 +96,7 @@ class Loader:
         lanes = default_lanes(global_batch) if lanes is None else lanes
         check_lanes(global_batch, micro_batch, dp_size, lanes)
         check_remainder(dataset, epochs, remainder)
+        dataset.check_processors()
         self.dataset = dataset
         self.seed = seed
         self.global_batch = global_batch
@@ -291,6 +292,7 @@ class EvalLoader:
         self.limit = limit
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], bool]]:
+        self.dataset.check_processors()
         filler: dict[str, Tensor] | None = None
         count = 0
         for number, rows in enumerate(self._batches()):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from l3m_like.core.errors import UserError
-from l3m_like.data.paths import resolve
+from l3m_like.data.paths import DataMissing, resolve
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -104,8 +104,7 @@ class TextTokenizer:
 
     def write(self, folder: Path) -> None:
         """Copy a ``tokenizer.json`` to ``folder``, and beside it what transformers reads its class and end token from."""
-        (path,) = resolve(self.path)
-        shutil.copyfile(path, folder / "tokenizer.json")
+        shutil.copyfile(self._place, folder / "tokenizer.json")
         said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._file.id_to_token(self.end_id)}
         (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
@@ -118,12 +117,26 @@ class TextTokenizer:
         of = _byte_level if "ByteLevel" in str(self._file.decoder) else _by_pieces
         return [of(names[id]) if id in names else b"" for id in range(self.vocab_size)]
 
+    @property
+    def _place(self) -> Path:
+        """Where the file is."""
+        folder = Path(self.path).expanduser()
+        if (folder / "tokenizer.json").is_file():
+            raise UserError(f"tokenizer: '{self.path}' is a folder. Name the file in it: {folder / 'tokenizer.json'}.")
+        try:
+            (path,) = resolve(self.path)
+        except DataMissing as error:
+            place = "is a folder without a tokenizer.json" if folder.is_dir() else f"is not there: no file at {folder.absolute()}"
+            fix = "Give the path of a Hugging Face tokenizer.json, or 'bytes'."
+            raise DataMissing(self.path, f"tokenizer: '{self.path}' {place}. {fix}") from error
+        return path
+
     @cached_property
     def _file(self) -> Tokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its own threads would only get in the way of ours
         from tokenizers import Tokenizer, processors  # heavy, and not needed for bytes
 
-        (path,) = resolve(self.path)
+        path = self._place
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception

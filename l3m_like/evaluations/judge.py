@@ -21,7 +21,7 @@ class Judge:
     of its own data.
 
     Args:
-        run: its directory; the model writes <stream>_logits.
+        run: its directory, or one of its checkpoint folders (RUN/checkpoints/step_N); the model writes <stream>_logits.
         step: of the checkpoint (None: the newest).
         ema: the averaged weights.
         stream: of the classifier's blocks.
@@ -45,6 +45,13 @@ class Judge:
                 raise UserError(
                     f"Judge: {self.run} is a config, whose classifier has learned nothing; give the directory of a run."
                 )
+            blocks = [step.block for graph in loaded.inference.values() for step in graph.steps]
+            writes = [key for block in blocks for key in block.writes_in(True).values()]
+            if f"{self.stream}_logits" not in writes:
+                raise UserError(
+                    f"Judge: {self.run} is no classifier: no block writes {self.stream}_logits, as a ClassHead does; its last, "
+                    f"{type(blocks[-1]).__name__}, writes {writes[-1]}. Give the run of a classifier (one of vit.yaml)."
+                )
             process = loaded.processor()
             if not hasattr(process, "shape"):
                 raise UserError(
@@ -55,7 +62,7 @@ class Judge:
             self._network = Extractor(loaded.model, f"{self.stream}_logits", keys)
             self._model, self._process = loaded.model, process
             #: stands beside each result
-            self.name = f"{self.run.name}, step {loaded.step}{', averaged weights' if self.ema else ''}"
+            self.name = f"{loaded.config.run.name}, step {loaded.step}{', averaged weights' if self.ema else ''}"
         self._model.to(device)
         return self._network
 

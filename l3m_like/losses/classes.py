@@ -45,6 +45,9 @@ class Classification(Loss):
     def count(self, label: Tensor) -> Tensor:
         return torch.tensor(label.numel(), dtype=torch.int64)
 
+    def limits(self, logits: Tensor, **ports: Tensor) -> dict[str, int]:
+        return {"label": logits.shape[-1]}
+
 
 class ClassAccuracy(Loss):
     """The share of rows whose class is among the ``top`` highest scores: a metric.
@@ -69,3 +72,6 @@ class ClassAccuracy(Loss):
 
     def count(self, label: Tensor) -> Tensor:
         return torch.tensor(label.numel(), dtype=torch.int64)
+
+    def limits(self, logits: Tensor, label: Tensor) -> dict[str, int]:
+        return {"label": logits.shape[-1]}

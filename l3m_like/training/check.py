@@ -33,6 +33,7 @@ from l3m_like.distributed.mesh import AXES, Mesh, axis_sizes, build_mesh
 from l3m_like.distributed.parallelize import apply_tensor_parallel, parallelize
 from l3m_like.generate.sampler import Inference
 from l3m_like.pretrained.folder import FolderMissing
+from l3m_like.training.checkpoint import refuse_other_model
 from l3m_like.training.evaluate import Evaluations
 from l3m_like.training.flops import FORMULA, StepFlops
 from l3m_like.training.init import init_specs, materialize, random_weights
@@ -45,6 +46,7 @@ from l3m_like.training.updates import assign_parameters
 
 #: exit code where the data, or anything else that lies on another machine, could not be looked at
 NOT_CHECKED = 2
+ABSENT = f"not checked, because it is not on this machine (exit code {NOT_CHECKED})"
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,11 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
             refuse_hidden(cfg.parallel.checkpoint, compiled=cfg.parallel.compile)
         sharded = _check_mesh(cfg, run, mesh)
         inference = _check_sampler(cfg, run.model)
-        evaluations = Evaluations(cfg, run.model, run.losses, mesh, run.micro_rows)
-        data, missing = _check_data(cfg, run, evaluations, skip=model_only)
+        evaluations = Evaluations(cfg, run.model, run.losses, mesh, run.micro_rows, run.trace.limits)
+        reasons: list[str] = []
+        data, missing = _check_data(cfg, run, evaluations, reasons, skip=model_only)
         left: list[str] = []
-        missing |= _check_start(cfg, run.model, left)
+        missing |= _check_start(cfg, run.model, left, reasons)
         flops, flops_numbers = _flops_section(cfg, run, dp_size)
         become_local(run.model, sharded, cfg.parallel.precision)
         trace = Trace(run.wiring, run.micro_rows)  # once more: plan's is in the dtype of the master weights
@@ -163,6 +166,7 @@ def examine(cfg: RunConfig, *, model_only: bool = False, processes: int | None =
         *([Section("optimizers", [row[:-1] for row in listing(made)], right=(3,))] if muon else []),
         memory,
         flops,
+        *([Section(ABSENT, notes=reasons)] if missing else []),
     ]
     return Report(sections, missing, warnings, {**parameter_numbers, **memory_numbers, **flops_numbers})
 
@@ -254,8 +258,11 @@ def _check_sampler(cfg: RunConfig, model: nn.Module) -> str:
     return f"{name} over {', '.join(path for path, _ in graph.blocks)}"
 
 
-def _check_data(cfg: RunConfig, run: Plan, evaluations: Evaluations, *, skip: bool) -> tuple[list[str], dict[str, str]]:
-    """One real sample of every dataset against its declaration: lines for the report, and ``{dataset: path not found}``."""
+def _check_data(
+    cfg: RunConfig, run: Plan, evaluations: Evaluations, reasons: list[str], *, skip: bool
+) -> tuple[list[str], dict[str, str]]:
+    """One real sample of every dataset against its declaration: lines for the report, and ``{dataset: path not found}``, with
+    ``reasons``."""
     datasets = {"data.train": run.dataset} | {f"evals.{name}.data": found for name, found in evaluations.datasets.items()}
     datasets |= {f"data.{name}": cfg.instantiate(f"data.{name}") for name in cfg.data.sets if name != "train"}
     lines, missing = [], {}
@@ -269,6 +276,7 @@ def _check_data(cfg: RunConfig, run: Plan, evaluations: Evaluations, *, skip: bo
         except DataMissing as error:
             missing[name] = error.path
             lines.append(f"{name}: NOT CHECKED ({error.path})")
+            reasons.append(f"{name}: {error}")
             with contextlib.suppress(DataMissing):  # the tokenizer's file may be here though the text is not
                 dataset.process.check()
     for name in evaluations.objects:
@@ -277,30 +285,27 @@ def _check_data(cfg: RunConfig, run: Plan, evaluations: Evaluations, *, skip: bo
         except DataMissing as error:
             missing[f"evals.{name}.run"] = error.path
             lines.append(f"evals.{name}.run: NOT CHECKED ({error.path})")
+            reasons.append(str(error))
     return lines, missing
 
 
-def _check_start(cfg: RunConfig, model: nn.Module, warnings: list[str]) -> dict[str, str]:
-    """Weights or a checkpoint to start from that are not on this machine; those of a Hugging Face folder must fit the model."""
-    places = {}
+def _check_start(cfg: RunConfig, model: nn.Module, warnings: list[str], reasons: list[str]) -> dict[str, str]:
+    """Weights and the checkpoint to start from must fit the model; ``{setting: place}`` of those that are not on this machine,
+    with ``reasons``."""
+    missing = {}
     for start in starts(model, cfg.init) if cfg.init is not None else ():
         try:
-            folder = start.folder(download=False)
-        except FolderMissing:
-            places[start.setting] = start.where
-        else:
-            if folder is None:
-                places[start.setting] = start.where
-            else:
-                warnings += [f"{start.setting}: {line}" for line in start.fit(folder).left]
-    if cfg.checkpoint.resume not in ("auto", "never"):
-        places["checkpoint.resume"] = cfg.checkpoint.resume
-    missing = {}
-    for setting, place in places.items():
+            warnings += [f"{start.setting}: {line}" for line in start.fit(download=False).left]
+        except FolderMissing as error:
+            missing[start.setting] = start.where
+            reasons.append(str(error))
+    where = cfg.checkpoint.resume
+    if where not in ("auto", "never"):
         try:
-            find_checkpoint(place, setting)
-        except UserError:
-            missing[setting] = place
+            refuse_other_model(*find_checkpoint(where, "checkpoint.resume"), model)
+        except FolderMissing as error:
+            missing["checkpoint.resume"] = where
+            reasons.append(str(error))
     return missing
 
 

@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
@@ -289,10 +289,6 @@ class Checkpointer:
         self.wait()
         return self._on_main(lambda: next(iter(whole_steps(self.directory)), None))
 
-    def dtypes(self, step: int) -> dict[str, torch.dtype]:
-        """The tensors that the checkpoint of ``step`` holds, and their dtypes."""
-        return {name: _dtype(entry) for name, entry in _read_index(self.directory / _name(step)).items()}
-
     def load(self, step: int, tensors: Mapping[str, Tensor], *, partial: bool = False) -> dict[str, Any]:
         """Fill ``tensors`` in place from the checkpoint of ``step``, saved on any mesh; returns its ``state``.
 
@@ -344,6 +340,21 @@ class Checkpointer:
         return outcome[0]
 
 
+def refuse_other_model(directory: Path, step: int, model: nn.Module) -> None:
+    """Compare the checkpoint of ``step`` with ``model`` (on any device, meta too); a run can go on there only if all of it is the
+    same.
+
+    Raises:
+        DamagedCheckpoint: there is no such checkpoint, or it is damaged.
+        UserError: names, shapes or dtypes differ.
+    """
+    _require_whole(directory, step)
+    index = _read_index(directory / _name(step))
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    of_model = {name: entry for name, entry in index.items() if name.startswith("model/")}
+    _match(directory / _name(step), of_model, {f"model/{name}": tensor for name, tensor in tensors.items()}, partial=False)
+
+
 def load_full(directory: str | Path, step: int | None = None, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Whole tensors on the CPU, in this process alone, whatever mesh saved them (notebooks, sampling, export).
 
@@ -363,6 +374,25 @@ def load_full(directory: str | Path, step: int | None = None, names: Iterable[st
             raise DamagedCheckpoint(f"{directory} holds no checkpoint.")
     whole = WholeTensors(directory, step)
     return whole.read(whole.index if names is None else names)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a checkpoint says of a tensor that it holds."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def stored_tensors(directory: Path, step: int) -> dict[str, StoredTensor]:
+    """The tensors that the checkpoint of ``step`` holds; only its small files are read.
+
+    Raises:
+        DamagedCheckpoint: there is no such checkpoint, or it is damaged.
+    """
+    _require_whole(directory, step)
+    index = _read_index(directory / _name(step))
+    return {name: StoredTensor(_dtype(entry), tuple(entry["shape"])) for name, entry in index.items()}
 
 
 class WholeTensors:

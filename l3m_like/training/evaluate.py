@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from l3m_like.core.errors import UserError
+from l3m_like.core.keys import Limit
 from l3m_like.core.meta_model import Frozen, Graph, MetaModel
 from l3m_like.core.wiring import Program, check_wiring, parts_of
 from l3m_like.data.loader import EvalLoader
@@ -24,9 +25,12 @@ from l3m_like.training.optim import EMA
 
 
 class Evaluations:
-    """The ``evals`` section of a run: each is built and wired at the start, and run when it is due."""
+    """The ``evals`` section of a run: each is built and wired at the start, and run when it is due; ``limits`` are those of
+    ``Trace``."""
 
-    def __init__(self, cfg: Any, model: nn.Module, losses: Mapping[str, Loss], mesh: Mesh, rows: int) -> None:
+    def __init__(
+        self, cfg: Any, model: nn.Module, losses: Mapping[str, Loss], mesh: Mesh, rows: int, limits: Mapping[str, Limit]
+    ) -> None:
         self.mesh, self.model, self.rows, self.seed, self.run_dir = mesh, model, rows, cfg.seed, cfg.run_dir
         self.parts = parts_of(model)
         self.every = {name: evaluation.every for name, evaluation in cfg.evals.items()}
@@ -39,6 +43,7 @@ class Evaluations:
         for name, evaluation in cfg.evals.items():
             if evaluation.data is not None:
                 self.datasets[name] = cfg.instantiate(f"evals.{name}.data")
+                self.datasets[name].limits = limits
             if evaluation.run is not None:
                 supplied = {"data": self.datasets[name]} if evaluation.data is not None else {}
                 if "sampler" in evaluation.run and evaluation.run["sampler"] is None and cfg.sample is not None:

@@ -32,19 +32,20 @@ class Fit:
         left: what does not, in words.
     """
 
-    def __init__(self, names: NameMap, loaded: Sequence[str], left: Sequence[str]) -> None:
+    def __init__(self, folder: Folder, names: NameMap, loaded: Sequence[str], left: Sequence[str]) -> None:
+        self.folder = folder
         self.names = names
         self.loaded = list(loaded)
         self.left = list(left)
 
     @torch.no_grad()
-    def fill(self, model: nn.Module, folder: Folder) -> None:
+    def fill(self, model: nn.Module) -> None:
         """Read this rank's shards of ``model``'s parameters and buffers, a block at a time, cast to their dtype."""
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         for name in self.loaded:
-            self._fill(name, tensors[name], folder)
+            self._fill(name, tensors[name])
 
-    def _fill(self, name: str, tensor: Tensor, folder: Folder) -> None:
+    def _fill(self, name: str, tensor: Tensor) -> None:
         here = local(tensor)
         coordinate = tensor.device_mesh.get_coordinate() if isinstance(tensor, DTensor) else ()
         bounds = shard_bounds(tensor, coordinate or ())
@@ -52,7 +53,7 @@ class Fit:
         for low, high in _blocks(bounds):
             into = here[low - first : high - first]
             for piece, inner, place in self.names.reads(name, [(low, high), *bounds[1:]]):
-                into[place].copy_(piece.turned(folder.read(piece.theirs, piece.region(inner)), inner))
+                into[place].copy_(piece.turned(self.folder.read(piece.theirs, piece.region(inner)), inner))
 
 
 def fit(
@@ -79,7 +80,7 @@ def fit(
     folder.respell(family.spellings)
     wrong = _config_differences(model, folder, family, random)
     if wrong and strict:
-        raise UserError(f"{setting} = {folder.path}: its config.json and the model differ:{_listed(wrong)}")
+        raise UserError(f"{setting} = {folder.path}: its config.json and the model differ:{listed(wrong)}")
     names = NameMap.of(family.templates(model), model, strict=False, without=without)
     anew = tuple(f"{path}." for path in random)
     left = [name for name in names.left if not name.startswith(anew)]
@@ -109,11 +110,11 @@ def fit(
     if strict and wrong_tensors:
         raise UserError(
             f"{setting} = {folder.path} does not fit the model (init.random names parts that begin anew; "
-            f"init.strict: false takes what fits):{_listed(wrong_tensors)}"
+            f"init.strict: false takes what fits):{listed(wrong_tensors)}"
         )
     if not here:
-        raise UserError(f"{setting} = {folder.path}: none of the model's parameters is there.{_listed(wrong_tensors)}")
-    return Fit(names, here, [*wrong, *wrong_tensors])
+        raise UserError(f"{setting} = {folder.path}: none of the model's parameters is there.{listed(wrong_tensors)}")
+    return Fit(folder, names, here, [*wrong, *wrong_tensors])
 
 
 def _blocks(bounds: Bounds) -> Iterator[tuple[int, int]]:
@@ -212,6 +213,7 @@ def _flat(fields: dict[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
-def _listed(lines: Sequence[str]) -> str:
+def listed(lines: Sequence[str]) -> str:
+    """The first ``SHOWN`` lines, each on one of its own, and how many more there are."""
     more = f"\n  ... and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     return "".join(f"\n  {line}" for line in lines[:SHOWN]) + more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ class Loaded:
             UserError: the config has no ``sample`` section; the sampler has no such setting, or takes no guide.
         """
         if self.config.sample is None:
-            raise UserError("The config has no `sample` section. Add one: sample: {_target_: l3m_like.generate.FlowODE, ...}.")
+            raise self.config.no_sampler()
         section = targets.check({**self.config.sample, **overrides}, "sample")
         sampler = targets.instantiate(section, "sample")
         if guide is None:
@@ -108,8 +109,9 @@ def load(
     """Load a model for use.
 
     Args:
-        run_or_config: a run's directory: the weights of its newest (or the asked) checkpoint, whatever mesh saved it. Or a
-            config (file, dict, RunConfig): the weights that training would start from, random ones or those of ``init``.
+        run_or_config: a run's directory: the weights of its newest (or the asked) checkpoint, whatever mesh saved it; or one of
+            its checkpoint folders, RUN/checkpoints/step_N. Or a config (file, dict, RunConfig): the weights that training would
+            start from, random ones or those of ``init``.
         step: of the checkpoint; None: the newest whole one.
         ema: the averaged weights instead (what was not trained, and so not averaged, is as in the model).
         device: None: an accelerator if there is one. On a mesh it is the mesh's.
@@ -120,6 +122,10 @@ def load(
     Raises:
         UserError: no run or config there; no checkpoint, or not that step; no averaged weights; a checkpoint that does not fit.
     """
+    if isinstance(run_or_config, (str, Path)) and (one := re.fullmatch(r"step_(\d+)", Path(run_or_config).name)):
+        if step not in (None, int(one[1])):
+            raise UserError(f"load: {run_or_config} is the checkpoint of step {int(one[1])}, but step {step} was asked for.")
+        run_or_config, step = Path(run_or_config).parents[1], int(one[1])
     cfg, checkpoints = _find(run_or_config, overrides)
     if checkpoints is None and (step is not None or ema):
         what = "ema" if ema else f"step {step}"

@@ -18,11 +18,11 @@ from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.meta_model import Frozen, MetaModel, Tower
 from l3m_like.distributed.gradients import local
 from l3m_like.pretrained.families import family
-from l3m_like.pretrained.folder import Folder, find_folder
+from l3m_like.pretrained.folder import FolderMissing, find_folder
 from l3m_like.pretrained.name_map import ADAPTERS
 from l3m_like.pretrained.wrapped import wrapped_family
-from l3m_like.training.checkpoint import Checkpointer, whole_steps
-from l3m_like.training.hugging_face import Fit, fit
+from l3m_like.training.checkpoint import Checkpointer, stored_tensors, whole_steps
+from l3m_like.training.hugging_face import Fit, fit, listed
 from l3m_like.training.lora import adapter_names
 
 log = logging.getLogger(__name__)
@@ -32,22 +32,25 @@ def find_checkpoint(where: str, setting: str) -> tuple[Path, int]:
     """``(checkpoints folder, step)`` of a run's directory (its newest) or of one checkpoint folder in it.
 
     Raises:
-        UserError: there is no checkpoint there.
+        FolderMissing: there is no checkpoint there.
+        DamagedCheckpoint: there are some, but not one is whole.
     """
     path = Path(where).expanduser()
     one = re.fullmatch(r"step_(\d+)", path.name)
-    if one:
-        return path.parent, int(one[1])
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not folder.is_dir():
-        raise UserError(f"{setting} = {where}: no such folder. Name a run's directory, or a folder checkpoints/step_... in it.")
+        raise FolderMissing(
+            f"{setting} = {where}: no such folder. Name a run's directory, or a folder checkpoints/step_... in it."
+        )
+    if one:
+        return path.parent, int(one[1])
     if dist.is_initialized() and dist.get_backend() == "fake":  # `--check`: one process looks, and has no one to agree with
         step = next(iter(whole_steps(folder)), None)
     else:
         with contextlib.closing(Checkpointer(folder)) as checkpointer:
             step = checkpointer.latest()
     if step is None:
-        raise UserError(f"{setting} = {where}: there is no whole checkpoint in {folder}.")
+        raise FolderMissing(f"{setting} = {where}: there is no checkpoint in {folder}. Name the directory of a run that has one.")
     return folder, step
 
 
@@ -71,65 +74,97 @@ class Start:
     family: str | None = None
     random: tuple[str, ...] = ()
 
-    def folder(self, *, download: bool = True) -> Folder | None:
-        """The Hugging Face folder; None: it is a run's."""
-        return find_folder(self.where, self.setting, download=download)
+    def fit(self, *, download: bool = True) -> Fit | CheckpointFit:
+        """The source compared with the part, which may be on any device, meta too.
 
-    def fit(self, folder: Folder) -> Fit:
-        """The folder compared with the part, see ``hugging_face.fit``."""
+        Args:
+            download: a model that is not in the hub's cache is fetched.
+
+        Raises:
+            FolderMissing: there is nothing. UserError: it does not fit.
+        """
+        folder = find_folder(self.where, self.setting, download=download)
+        if folder is None:
+            return self._fit_checkpoint()
         of = family(self.family) if self.family else wrapped_family(self.module) or family(folder.model_type)
         return fit(self.module, folder, of, self.setting, strict=self.strict, without=self.without, random=self.random)
 
     def load(self) -> Collection[str]:
         """Fill the part's (materialised, sharded) parameters and buffers; the names of those that were there."""
-        folder = self.folder()
-        if folder is None:
-            loaded, left = self._load_checkpoint()
-        else:
-            found = self.fit(folder)
-            found.fill(self.module, folder)
-            loaded, left = found.loaded, found.left
-        if left and (not dist.is_initialized() or dist.get_rank() == 0):
-            log.warning("%s = %s was not taken as a whole:%s", self.setting, self.where, "".join(f"\n  {line}" for line in left))
+        found = self.fit()
+        found.fill(self.module)
+        if found.left and (not dist.is_initialized() or dist.get_rank() == 0):
+            lines = "".join(f"\n  {line}" for line in found.left)
+            log.warning("%s = %s was not taken as a whole:%s", self.setting, self.where, lines)
         for path, part in frozen_parts(self.module).items():
-            if all(f"{path}.{name}" in loaded for name, _ in part.named_parameters()):
+            if all(f"{path}.{name}" in found.loaded for name, _ in part.named_parameters()):
                 part.loaded_from = self.where
-        return loaded
+        return found.loaded
 
-    def _load_checkpoint(self) -> tuple[Collection[str], list[str]]:
-        """(names that were filled, what was not, in words)."""
-        folder, step = find_checkpoint(self.where, self.setting)
-        tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
-        tensors |= dict(self.module.named_buffers())
+    def _fit_checkpoint(self) -> CheckpointFit:
+        directory, step = find_checkpoint(self.where, self.setting)
+        stored = stored_tensors(directory, step)
+        stored = {name.removeprefix("model/"): entry for name, entry in stored.items() if name.startswith("model/")}
+        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         apart = tuple(f"{path}." for path in (*self.without, *self.random))
-        tensors = {name: t for name, t in tensors.items() if not name.startswith(apart)}
-        left: list[str] = []
-        with contextlib.closing(Checkpointer(folder)) as checkpointer:
-            stored = checkpointer.dtypes(step)
-            lacking = [name for name in stored if name.startswith("model/") and name.endswith(ADAPTERS)]
-            lacking = [name.removeprefix("model/") for name in lacking if name.removeprefix("model/") not in tensors]
-            lacking = [name for name in lacking if not name.startswith(apart)]
-            if lacking:
-                raise UserError(
-                    f"{self.setting} = {self.where} was tuned with adapters ('{lacking[0]}' ...), which this model has not: it "
-                    "would be the untuned one. Give the same `lora` section, or start from its merged export (convert.py to-hf)."
-                )
-            begin_here = {name for name in adapter_names(self.module) if f"model/{name}" not in stored}
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in begin_here}
-            if not self.strict:
-                left = [f"it holds no '{name}'." for name in tensors if f"model/{name}" not in stored]
-                tensors = {name: tensor for name, tensor in tensors.items() if f"model/{name}" in stored}
-                if not tensors:
-                    raise UserError(f"{self.setting} = {self.where}: none of the model's parameters is there.")
-            read = {}
-            for name, tensor in tensors.items():  # a frozen part may have another dtype than the run that trained it
-                dtype = stored.get(f"model/{name}", tensor.dtype)
-                read[name] = tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
-            checkpointer.load(step, {f"model/{name}": tensor for name, tensor in read.items()}, partial=True)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(apart)}
+        lacking = [name for name in stored if name.endswith(ADAPTERS) and name not in tensors and not name.startswith(apart)]
+        if lacking:
+            raise UserError(
+                f"{self.setting} = {self.where} was tuned with adapters ('{lacking[0]}' ...), which this model has not: it "
+                "would be the untuned one. Give the same `lora` section, or start from its merged export (convert.py to-hf)."
+            )
+        begin_here = adapter_names(self.module) - set(stored)
+        loaded, wrong = [], []
         for name, tensor in tensors.items():
-            if read[name] is not tensor:
-                local(tensor).copy_(local(read[name]))
-        return tensors, left
+            if name in begin_here:
+                continue
+            if name not in stored:
+                wrong.append(f"it holds no '{name}'.")
+            elif stored[name].shape != tuple(tensor.shape):
+                wrong.append(f"'{name}' is {list(stored[name].shape)} there and {list(tensor.shape)} here.")
+            else:
+                loaded.append(name)
+        unexpected = [name for name in stored if name not in tensors and not name.startswith(apart)]
+        wrong += [f"it holds '{name}', for which the model has no place." for name in unexpected]
+        if wrong and self.strict:
+            raise UserError(
+                f"{self.setting} = {self.where} does not fit the model (init.random names parts that begin anew; "
+                f"init.strict: false takes what fits):{listed(wrong)}"
+            )
+        if not loaded:
+            raise UserError(f"{self.setting} = {self.where}: none of the model's parameters is there.{listed(wrong)}")
+        return CheckpointFit(directory, step, {name: stored[name].dtype for name in loaded}, wrong)
+
+
+@dataclass(frozen=True)
+class CheckpointFit:
+    """What of a run's checkpoint goes into a model.
+
+    Attributes:
+        directory, step: of the checkpoint.
+        loaded: our names of what does, and the dtype that it has there.
+        left: what does not, in words.
+    """
+
+    directory: Path
+    step: int
+    loaded: dict[str, torch.dtype]
+    left: list[str]
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module) -> None:
+        """Read this rank's shards of ``model``'s parameters and buffers, cast to their dtype."""
+        tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        tensors |= dict(model.named_buffers())
+        read = {}
+        for name, dtype in self.loaded.items():  # a frozen part may have another dtype than the run that trained it
+            read[name] = tensors[name] if tensors[name].dtype == dtype else torch.empty_like(tensors[name], dtype=dtype)
+        with contextlib.closing(Checkpointer(self.directory)) as checkpointer:
+            checkpointer.load(self.step, {f"model/{name}": tensor for name, tensor in read.items()}, partial=True)
+        for name, tensor in read.items():
+            if tensor is not tensors[name]:
+                local(tensors[name]).copy_(local(tensor))
 
 
 def starts(model: nn.Module, init: Init) -> list[Start]:

@@ -106,6 +106,7 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
     refuse_gaps(updates, wiring.carried)
     with none_bypassed(model):
         trace = Trace(wiring, micro_rows)
+    dataset.limits = trace.limits
     if cfg.tokens is not None and dataset.unit != "tokens":
         raise UserError(f"tokens: {cfg.tokens}: this data is counted in {dataset.unit}. Give `steps` or `epochs` instead.")
     steps = cfg.steps if cfg.tokens is None else -(-cfg.tokens // (cfg.batch.global_ * dataset.pack.units_per_row))
@@ -201,7 +202,7 @@ def _train(cfg: RunConfig, closing: contextlib.ExitStack) -> dict[str, float]:
     shape = cfg.schedule
     schedule = Schedule(shape.name, total=steps, warmup=shape.warmup, decay=shape.decay, floor=shape.floor)
     flops = StepFlops(run.trace, cfg.parallel.checkpoint)
-    evaluations = Evaluations(cfg, run.model, run.losses, mesh, run.micro_rows)
+    evaluations = Evaluations(cfg, run.model, run.losses, mesh, run.micro_rows, run.trace.limits)
     for name in evaluations.objects:
         evaluations.check(name)
     stamp = cfg.facts() | {"mesh": str(mesh), "random_weights": random_weights(parts.values())}

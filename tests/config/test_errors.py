@@ -31,6 +31,7 @@ COMMAND_LINE_ERRORS = {
     "model._target_=toy_block.Model": ["model._target_", "no module 'toy_block'"],
     "model._target_=l3m_like.blocks.Transfomer": ["command line", "Did you mean 'l3m_like.blocks.Transformer'?"],
     "model._target_=l3m_like.block.Transformer": ["Did you mean 'l3m_like.blocks.Transformer'?"],
+    "dim=wide": ["width = 'wide'", "toy.yaml:16 = ${dim} (command line)", "a whole number is needed"],
     "optim.lr=fast": ["optim.lr = 'fast'", "command line", "a number is needed, this is a string"],
     "optim.lr='1e-3'": ["optim.lr = '1e-3'", "Write it without quotes"],
     "steps=2.5": ["steps = 2.5", "a whole number or null is needed"],
@@ -86,6 +87,8 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
     [
         ("defaults: [toy]\noptim:\n  lrr: 1e-3\n", ["optim.lrr = 0.001", "mine.yaml:3", "Did you mean 'lr'?"]),
         ("defaults: [toy]\nmodel:\n  parts:\n    first: {wdith: 1}\n", ["model.parts.first.wdith = 1", "mine.yaml:4", "'width'"]),
+        ("defaults: [toy]\ndim: wide\n", ["width = 'wide'", "toy.yaml:16 = ${dim} (", "mine.yaml:2)", "a whole number"]),
+        ("defaults: [toy]\ndim: ${model.dim}\n", ["dim (", "Recursive interpolation"]),
         ("defaults: [toy]\ndmi: 3\n", ["dmi = 3", "mine.yaml:2", "Did you mean 'dim'?"]),
         ("defaults: [toy]\nmode:\n  dim: 3\n", ["mode.dim = 3", "mine.yaml:3", "Did you mean 'model'?"]),
         ("defaults: [tyo]\n", ["its defaults name 'tyo'", "Did you mean 'toy'?"]),

@@ -97,6 +97,14 @@ def test_a_crash_while_saving_leaves_the_old_config(alone: list[RunConfig], monk
     assert Path("runs/toy/config.yaml").read_text() == before
 
 
+def test_a_folder_that_cannot_be_written(alone: list[RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").touch()
+    for more in ((), ("-m", "dim=4,8")):
+        assert launch("run.dir=file", *more) == 1
+        assert "cannot be written: Not a directory. Give run.dir=" in capsys.readouterr().err
+    assert not alone
+
+
 def test_debug_has_a_folder_of_its_own(alone: list[RunConfig]) -> None:
     assert launch() == 0 and launch("--debug") == 0 and main(["--config", "runs/toy/config.yaml", "--debug", "optim.lr=1"]) == 0
     names = [cfg.run.name or "" for cfg in alone]
@@ -138,10 +146,12 @@ def test_sweep_errors(alone: list[RunConfig], capsys: pytest.CaptureFixture[str]
         ("dmi=1,2",): "Did you mean 'dim'?",
         ("run.name=a,b",): "names its jobs' directories itself",
         ("dim=1,2", "hydra/launcher=torchrnu"): "torchrnu",
+        ("dim=4,8,wide",): "job 2 of the sweep (dim=wide); no job was started: model.",
+        ("dim=4,8,wide", "hydra/launcher=torchrun"): "job 2 of the sweep (dim=wide); no job was started: model.",
     }.items():
         assert launch("-m", *overrides) == 1
         assert part in capsys.readouterr().err
-    assert not alone
+    assert not alone and not list(Path("runs").glob("*/*/"))
 
 
 def test_the_environment_of_other_launchers() -> None:

@@ -14,9 +14,12 @@ from PIL import Image
 
 from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError
+from l3m_like.core.keys import Limit
 from l3m_like.data import ClassImage, ConcatPack, Dataset, JsonLines, Loader, Stack, Tokenize, WebDataset
-from l3m_like.training.train import train
+from l3m_like.data.loader import EvalLoader
+from l3m_like.training.train import plan, train
 from tests.distributed import pool
+from tests.generate.tiny import CONFIGS, OVERRIDES
 
 ROOT = Path(__file__).parents[2]
 DATA = "l3m_like.data."
@@ -140,3 +143,34 @@ def test_a_worker_that_dies_ends_the_run() -> None:
     with pytest.raises((SystemExit, UserError)):
         loader.next_step()
     loader.close()
+
+
+def test_a_tokenizer_that_is_not_there_is_no_samples_fault(tmp_path: Path) -> None:
+    source = JsonLines("shipped:shakespeare.jsonl")
+    for name, text in {"no.json": "is not there: no file at ", "bad.json": "is not a tokenizer.json"}.items():
+        (tmp_path / "bad.json").write_text("{}")
+        dataset = Dataset(source, Tokenize(str(tmp_path / name), vocab_size=9), ConcatPack(8))
+        with pytest.raises(UserError, match=f"^tokenizer: .*{text}"):
+            Loader(dataset, seed=0, global_batch=2, micro_batch=2, most_bad=5)
+        with pytest.raises(UserError, match=f"^tokenizer: .*{text}"):
+            next(iter(EvalLoader(dataset, batch=2)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "by"),
+    [
+        ("sit", ["classes=5"], r"preprocessor.drop \(DropLabel\) takes 0 .. 4"),
+        ("vit", ["classes=5"], r"loss.classes \(Classification\) takes 0 .. 4"),
+        ("llm", ["model.preprocessor.vocab_size=90", "model.head.vocab_size=90"], r"preprocessor \(TokenEmbed\) takes 0 .. 89"),
+    ],
+)
+def test_a_number_that_the_model_does_not_have_is_named(kind: str, overrides: list[str], by: str) -> None:
+    """Before it reaches an embedding or a loss, where it would be an index beyond the end."""
+    run = plan(RunConfig.from_file(CONFIGS / f"{kind}.yaml", [*OVERRIDES[kind], *overrides]), 1)
+    loader = Loader(run.dataset, seed=0, global_batch=32, micro_batch=32, prefetch=0)
+    key = "text_ids" if kind == "llm" else "image_label"
+    with pytest.raises(UserError, match=rf"^\S+#\S+.*: {key} is \d+, but {by}. Give the model \d+ of them or more"):
+        loader.next_step()
+    run.dataset.limits = {"row": Limit(9, "somewhere")}
+    with pytest.raises(UserError, match="row is -1, but somewhere takes 0 .. 8. Correct the data"):
+        run.dataset.collate([next(run.dataset.rows(run.dataset.items()))], -1)

@@ -149,6 +149,8 @@ def test_tokenizer_file(tmp_path: Path) -> None:
     assert tokenize({"text": "to be or not to be"}, VISIT)["ids"].tolist() == [1, 2, 3, 4, 1, 2, 0]
     with pytest.raises(UserError, match=r"vocab_size is 5, but tokenizer .*tokenizer.json' has 6 tokens"):
         Tokenize(path, vocab_size=5).check()
+    with pytest.raises(UserError, match=rf"tokenizer: '{tmp_path}' is a folder. Name the file in it: {path}"):
+        Tokenize(str(tmp_path), vocab_size=8).check()
     with pytest.raises(UserError, match=r"none of the tokens \['<end>'\]"):
         Tokenize(path, vocab_size=8, end="<end>").check()
     with pytest.raises(DataMissing, match="absent.json"):

@@ -388,7 +388,14 @@ def test_what_cannot_be_judged(monkeypatch, tmp_path) -> None:
     texts = FlowODE((1, 8, 8), 10, steps=2, num_samples=4, embeddings="texts.npy")
     with pytest.raises(UserError, match="samples are of texts"):
         SampleQuality(SimpleNamespace(), Corners(), texts, judge=SimpleNamespace())
-    loaded = SimpleNamespace(step=2, model=None, processor=lambda: None)
+    from tests.generate.tiny import save_run
+
+    for kind, last in {"llm": "LanguageModelHead, writes text_logits", "sit": "PatchDecode, writes image_prediction"}.items():
+        with pytest.raises(UserError, match=f"no classifier: no block writes image_logits, .*{last}. Give the run of a"):
+            Judge(save_run(tmp_path / kind, kind) / "checkpoints" / "step_00000002").check()
+    head = SimpleNamespace(writes_in=lambda inference: {"logits": "image_logits"})
+    graph = SimpleNamespace(steps=[SimpleNamespace(block=head)])
+    loaded = SimpleNamespace(step=2, model=None, processor=lambda: None, inference={"": graph})
     monkeypatch.setattr(module, "load", lambda *args: loaded)
     judge = Judge("somewhere")
     for _ in range(2):

@@ -83,6 +83,13 @@ def test_generate_takes_the_config_and_overrides(run) -> None:
     assert paths == ["preprocessor.patches", "preprocessor.condition", "trunk", "head"]
 
 
+def test_a_checkpoint_is_named_by_its_folder(run) -> None:
+    folder = run / "checkpoints" / "step_00000002"
+    assert load(folder).step == 2
+    with pytest.raises(UserError, match="is the checkpoint of step 2, but step 3 was asked for"):
+        load(folder, step=3)
+
+
 def test_errors(run, tmp_path) -> None:
     with pytest.raises(UserError, match="Did you mean 'sit'"):
         load(run.parent / "sitt")
@@ -102,3 +109,10 @@ def test_errors(run, tmp_path) -> None:
         other = RunConfig.from_file(CONFIGS / "sit.yaml", [*OVERRIDES["sit"], "dim=32"])
         other.save(run)
         load(run)
+
+
+def test_what_cannot_be_sampled_from(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"vit has no sampler .* for ClassAccuracy, Classification. Language models .llm, dllm"):
+        tiny("vit").generate()
+    with pytest.raises(UserError, match=r"sample = {'steps': 4} .command line.: vit has no sampler"):
+        load(CONFIGS / "vit.yaml", overrides=["sample.steps=4"])

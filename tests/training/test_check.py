@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -22,14 +23,14 @@ from l3m_like.core.errors import UserError
 from l3m_like.data.loader import EvalLoader
 from l3m_like.distributed.mesh import build_mesh
 from l3m_like.distributed.parallelize import parallelize
-from l3m_like.training.check import check, examine, fake_mesh, run_roots
+from l3m_like.training.check import Report, check, examine, fake_mesh, run_roots
 from l3m_like.training.init import initialize, materialize
 from l3m_like.training.memory import Activations, LiveBytes, become_local, measure_activations, sharding, static_bytes
 from l3m_like.training.optim import EMA, AdamW, Guard, parameter_groups
 from l3m_like.training.train import plan
 from l3m_like.training.updates import assign_parameters
 from tests.distributed import pool
-from tests.generate.tiny import CONFIGS, OVERRIDES
+from tests.generate.tiny import CONFIGS, OVERRIDES, save_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -344,3 +345,38 @@ def test_it_is_quick() -> None:
     began = time.process_time()
     examine(cfg)
     assert time.process_time() - began < 5
+
+
+# ---- where it starts -------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_another_run_are_compared_before_training(tmp_path: Path) -> None:
+    """As those of a Hugging Face folder are: names and shapes, on the meta device."""
+    run = save_run(tmp_path / "llm", "llm", precision="fp32")
+
+    def examined(*overrides: str, name: str = "llm") -> Report:
+        return examine(config(name, *overrides), model_only=True)
+
+    fits = examined(f"init.from={run}")
+    assert fits.code == 0 and not fits.warnings and "exit code 2" not in str(fits)
+    for wrong, message in {
+        "dim=48": r"init.from = .*llm does not fit.*\n  'preprocessor.embed.weight' is \[257, 32\] there and \[257, 48\] here",
+        "layers=3": "it holds no 'trunk.layers.2.norm_1.weight'.*and 5 more",
+        "layers=1": "it holds 'trunk.layers.1.norm_1.weight', for which the model has no place",
+    }.items():
+        with pytest.raises(UserError, match=re.compile(message, re.DOTALL)):
+            examined(f"init.from={run}", wrong)
+    with pytest.raises(UserError, match=r"step_00000002 does not fit this run:\n  'model/preprocessor.embed.weight'"):
+        examined(f"checkpoint.resume={run}", "dim=48")
+    taken = examined(f"init.from={run}", "+init.strict=false", "layers=3")
+    assert any("it holds no 'trunk.layers.2.norm_1.weight'" in line for line in taken.warnings) and taken.code == 0
+
+
+@pytest.mark.parametrize("setting", ["init.from", "checkpoint.resume"])
+def test_what_is_not_there_is_named(setting: str, tmp_path: Path) -> None:
+    for place in ("nothing", "run", "run/checkpoints/step_00000007"):
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        report = examine(config("llm", f"{setting}={tmp_path / place}"), model_only=True)
+        last = " ".join(report.sections[-1].notes)
+        assert report.code == 2 and report.missing == {setting: str(tmp_path / place)}
+        assert last.startswith(f"{setting} = {tmp_path / place}: ") and "Name " in last and "exit code 2" in str(report)

@@ -75,7 +75,7 @@ def test_what_strict_leaves_out_is_not_called_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="preprocessor.encode is Frozen, but no weights were loaded into it"):
         l3m_like.train(tree(tmp_path, "student", frozen=True, init=start))
     l3m_like.train(tree(tmp_path, "plain", init=start))
-    with pytest.raises(UserError, match="holds no 'model/preprocessor.encode.model.preprocessor.proj.weight'"):
+    with pytest.raises(UserError, match="holds no 'preprocessor.encode.model.preprocessor.proj.weight'"):
         l3m_like.train(tree(tmp_path, "student", frozen=True, init={"from": str(tmp_path / "other")}))
 
 

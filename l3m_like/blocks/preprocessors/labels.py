@@ -41,6 +41,9 @@ class DropLabel(ReadWriteBlock):
         drop = uniform(row, seed=self.seed, purpose=f"drop_label/{self.stream or ''}") < self.probability
         return torch.where(drop, self.classes, label)
 
+    def limits(self, label: Tensor, row: Tensor) -> dict[str, int]:
+        return {"label": self.classes}
+
 
 class TimeLabelEmbed(ReadWriteBlock):
     """Condition vector of a time and a class: the sum of their embeddings.
@@ -68,6 +71,9 @@ class TimeLabelEmbed(ReadWriteBlock):
 
     def flops(self, time: Tensor, class_id: Tensor) -> int:
         return self.time.flops(time.shape[0])
+
+    def limits(self, time: Tensor, class_id: Tensor) -> dict[str, int]:
+        return {"class_id": self.label.num_embeddings}
 
     def tp_plan(self) -> dict[str, str]:
         return {"label": "replicated"}

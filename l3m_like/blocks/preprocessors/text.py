@@ -39,6 +39,9 @@ class TokenEmbed(ReadWriteBlock):
     def flops(self, ids: Tensor) -> int:
         return 0  # a lookup is no matmul
 
+    def limits(self, ids: Tensor, **ports: Tensor) -> dict[str, int]:
+        return {"ids": self.embed.num_embeddings}
+
     def tp_plan(self) -> dict[str, str]:
         return {"embed": "vocab"}
 

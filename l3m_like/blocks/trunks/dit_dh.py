@@ -50,6 +50,9 @@ class NoiseLevelEmbed(ReadWriteBlock):
     def flops(self, time: Tensor, class_id: Tensor) -> int:
         return self.level.flops(time.shape[0])
 
+    def limits(self, time: Tensor, class_id: Tensor) -> dict[str, int]:
+        return {"class_id": self.label.num_embeddings}
+
     def tp_plan(self) -> dict[str, str]:
         return {"label": "replicated"}
 
