@@ -28,7 +28,6 @@ from l3m_like.core.meta_model import MetaModel
 from l3m_like.core.torchvision_ops import allow_torchvision
 from l3m_like.layers import MLP, Attention, DiTLayer, LayerNorm, SwiGLU, TransformerLayer
 from l3m_like.layers.embedding import sinusoid
-from l3m_like.layers.mlp import ACTIVATIONS
 from l3m_like.layers.patch_embed import sincos_positions, unpatchify
 from l3m_like.losses import FlowMatching, TokenNLL
 from l3m_like.pretrained.decoder import NAMES
@@ -156,7 +155,7 @@ def _diffusion(model: Any, run: Plan) -> Diffusion | None:
         and mixer.q_proj.bias is not None
         and mixer.num_heads == mixer.num_kv_heads
         and mixer.num_heads * mixer.head_dim == trunk.layers[0].modulation.dim
-        and mlp.activation is ACTIVATIONS["gelu_tanh"]
+        and mlp.activation == "gelu_tanh"
         and type(loss) is FlowMatching
         and loss.weight == 1
     )

@@ -14,7 +14,6 @@ from torch import nn
 from l3m_like.blocks import DiT, PatchDecode, PatchEmbed, TimeLabelEmbed
 from l3m_like.core.errors import UserError
 from l3m_like.layers import MLP, Attention, DiTLayer, LayerNorm
-from l3m_like.layers.mlp import ACTIVATIONS
 from l3m_like.pretrained import decoder
 from l3m_like.pretrained.families import Family
 from l3m_like.pretrained.name_map import Source, Templates
@@ -79,7 +78,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         known = known and isinstance(layer.mixer, Attention) and isinstance(layer.mlp, MLP)
         if not known or layer.mixer.q_proj.bias is None or layer.mixer.q_norm is not None or layer.mlp.up.bias is None:
             raise UserError(f"layer {at} is no DiTLayer of LayerNorm, Attention and MLP with biases and without qk_norm.")
-        if layer.mlp.activation is not ACTIVATIONS["gelu_tanh"] or layer.mlp.hidden_dim != 4 * patches.dim:
+        if layer.mlp.activation != "gelu_tanh" or layer.mlp.hidden_dim != 4 * patches.dim:
             raise UserError(f"the MLP of layer {at} is another; ratio: 4.0, activation: gelu_tanh.")
     heads = decoder.common([{"num_attention_heads": layer.mixer.num_heads} for layer in layers], "layer")
     channels, size, _ = patches.shape

@@ -81,7 +81,7 @@ def test_equals_diffusers(dtype: torch.dtype) -> None:
 
 
 def _tanh_gelu(model: MetaModel) -> None:
-    model.trunk.layers[0].mlp.tanh = True
+    model.trunk.layers[0].mlp.activation = "gelu_tanh"
 
 
 def _other_eps(model: MetaModel) -> None:
