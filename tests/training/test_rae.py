@@ -121,7 +121,7 @@ def norm_of_a_shard() -> Iterator[None]:
     """The spectral vectors follow only the first half of their matrix, as if it were this rank's."""
     from l3m_like.layers import SpectralConv
 
-    def half(self: Any, weight: Tensor) -> None:
+    def half(self: Any, weight: Tensor, skipped: Tensor | None = None) -> None:
         self.u[: len(self.u) // 2].mul_(1.1)
 
     with mock.patch.object(SpectralConv, "follow", half):
