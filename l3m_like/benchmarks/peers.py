@@ -26,9 +26,8 @@ from l3m_like.config import RunConfig
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.meta_model import MetaModel
 from l3m_like.core.torchvision_ops import allow_torchvision
-from l3m_like.layers import MLP, Attention, DiTLayer, SwiGLU, TransformerLayer
+from l3m_like.layers import MLP, Attention, DiTLayer, LayerNorm, SwiGLU, TransformerLayer
 from l3m_like.layers.embedding import sinusoid
-from l3m_like.layers.mlp import ACTIVATIONS
 from l3m_like.layers.patch_embed import sincos_positions, unpatchify
 from l3m_like.losses import FlowMatching, TokenNLL
 from l3m_like.pretrained.decoder import NAMES
@@ -148,14 +147,15 @@ def _diffusion(model: Any, run: Plan) -> Diffusion | None:
     mixer, mlp = layers[0].mixer, layers[0].mlp
     fits = (
         set(kinds) == {FlowNoise, DropLabel, PatchEmbed, TimeLabelEmbed}
-        and all(isinstance(layer, DiTLayer) for layer in layers)
+        and all(isinstance(layer, DiTLayer) and isinstance(layer.norm_1, LayerNorm) for layer in layers)
         and all(isinstance(layer.mixer, Attention) and isinstance(layer.mlp, MLP) for layer in layers)
         and len({_shapes(layer) for layer in layers}) == 1
+        and {norm.eps for layer in layers for norm in (layer.norm_1, layer.norm_2)} == {1e-6}
         and mixer.q_norm is None
         and mixer.q_proj.bias is not None
         and mixer.num_heads == mixer.num_kv_heads
         and mixer.num_heads * mixer.head_dim == trunk.layers[0].modulation.dim
-        and mlp.activation is ACTIVATIONS["gelu_tanh"]
+        and mlp.activation == "gelu_tanh"
         and type(loss) is FlowMatching
         and loss.weight == 1
     )

@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazy(
         "preprocessors.autoencoder_kl": ["AutoencoderKLEncoder", "SampleLatent"],
         "preprocessors.patches": ["PatchEmbed"],
         "preprocessors.image_encoder": ["ImageEncoder", "ImageFeatures"],
-        "preprocessors.latents": ["LatentNoise", "LatentEmbed", "NormalizeLatent"],
+        "preprocessors.latents": ["LatentNoise", "NormalizeLatent"],
         "trunks.transformer": ["Transformer"],
         "trunks.dit": ["DiT"],
         "trunks.dit_dh": ["NoiseLevelEmbed", "DiTDH", "TokenPatchDecode"],

@@ -212,6 +212,9 @@ class RunConfig:
                     f"{path}: there is no '{part}' in {above}. {did_you_mean(part, node if isinstance(node, Mapping) else ())}"
                 )
             node = node[part]
+        from l3m_like.core.random import draw_by  # here, as the config alone imports no torch
+
+        draw_by(self.kernels.random)
         with selecting(dataclasses.asdict(self.kernels)):
             return targets.instantiate(node, path, Origins(self.origins), **supplied)
 

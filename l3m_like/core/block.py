@@ -42,6 +42,8 @@ class ReadWriteBlock(nn.Module):
     optional_outputs: tuple[str, ...] = ()
     #: what the inference graph writes instead (None: the same).
     inference_outputs: tuple[str, ...] | None = None
+    #: ``{parameter: whose}`` of those that another block has as well; `tie` joins them.
+    shared: Mapping[str, str] = {}
 
     def __init__(
         self,

@@ -15,6 +15,9 @@ import math
 import torch
 from torch import Tensor
 
+#: ``kernels.random`` of the config that was built last. Of the whole process: initial weights, blocks and samplers draw, and the
+#: numbers are the same either way
+_version = "auto"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -63,8 +66,14 @@ def normal_at(seed: int, purpose: str, stream: Tensor, element: Tensor) -> Tenso
     return radius * torch.cos(2.0 * math.pi * _to_uniform(c, d))
 
 
+def draw_by(version: str) -> None:
+    """From here on a draw on a GPU is one Triton kernel ("triton"; "auto" where there is Triton) or operations of torch."""
+    global _version
+    _version = version
+
+
 def _has_kernel(stream: Tensor) -> bool:
-    return stream.is_cuda and _HAS_TRITON and not torch.compiler.is_compiling()
+    return stream.is_cuda and _version != "torch" and _HAS_TRITON and not torch.compiler.is_compiling()
 
 
 def _on_gpu(seed: int, purpose: str, stream: Tensor, element: Tensor, *, normal: bool) -> Tensor:

@@ -23,6 +23,7 @@ AUTO = {
     "rope": True,  # 0.76, with QK-norm
     "gelu": True,  # 0.83 to 0.90
     "swiglu": True,  # 1.00
+    "random": True,  # one kernel of 150, which are not compiled; float64 as well
 }
 
 _choices: ContextVar[Mapping[str, str]] = ContextVar("kernels")
@@ -64,8 +65,11 @@ def in_use(choices: Mapping[str, str], device: str, precision: str) -> str:
     Raises:
         UserError: an explicit choice that cannot run there.
     """
-    able = device == "cuda" and precision != "fp64" and _has_triton()
-    names = {op: ("triton" if resolve(op, name, able=able) else "torch") if op in AUTO else name for op, name in choices.items()}
+    there = device == "cuda" and _has_triton()
+    able = there and precision != "fp64"
+    names = dict(choices)
+    for op in (op for op in AUTO if op in names):
+        names[op] = "triton" if resolve(op, names[op], able=there if op == "random" else able) else "torch"
     if names.get("linear_cross_entropy") == "auto":
         names["linear_cross_entropy"] = "triton" if able else "torch"
     if names.get("attention") == "auto":

@@ -18,7 +18,6 @@ __getattr__, __dir__, __all__ = lazy(
         "masks": ["AttentionMask", "LayerMasks", "choose_backend", "lower", "attended_pairs"],
         "mlp": ["MLP", "SwiGLU"],
         "modulation": ["Modulation"],
-        "modulated_layer": ["ModulatedLayer"],
         "moe": ["MoE", "Router", "Routing"],
         "norm": ["RMSNorm", "LayerNorm", "AffineLayerNorm"],
         "patch_embed": ["Colours", "PatchProjection", "patchify", "patch_pixels", "unpatchify", "sincos_positions"],

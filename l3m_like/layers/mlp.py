@@ -87,10 +87,8 @@ class MLP(nn.Module):
         self.hidden_dim = int(dim * ratio) if hidden_dim is None else hidden_dim
         if self.hidden_dim < 1:
             raise UserError(f"MLP: the hidden width must be at least 1, got {self.hidden_dim} (dim {dim}, ratio {ratio}).")
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self.backend = selected("gelu")
-        #: of the activations that have a kernel, whether it is the approximation
-        self.tanh = {"gelu": False, "gelu_tanh": True}.get(activation)
         self.weight_init: Init = Normal(0.02)
         self.out_init: Init | None = None  # of `down` (None: the same)
         self.up = nn.Linear(dim, self.hidden_dim, bias=bias)
@@ -98,9 +96,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.up.weight.dtype)
-        if self.tanh is not None and self.up.bias is not None and is_ordinary(self.up):
-            return self.down(linear_gelu(x, self.up.weight, self.up.bias, tanh=self.tanh, backend=self.backend))
-        return self.down(self.activation(self.up(x)))
+        if self.activation in ("gelu", "gelu_tanh") and self.up.bias is not None and is_ordinary(self.up):
+            tanh = self.activation == "gelu_tanh"
+            return self.down(linear_gelu(x, self.up.weight, self.up.bias, tanh=tanh, backend=self.backend))
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
     def flops(self, tokens: int) -> int:
         return 4 * tokens * self.dim * self.hidden_dim

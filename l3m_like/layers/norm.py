@@ -39,9 +39,19 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps, backend=self.backend)
         return rms_norm(x, self.weight, self.eps, residual, backend=self.backend)
 
+    def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """As ``LayerNorm.modulated``."""
+        return self(x) * (1 + scale) + shift
+
+    def of_sum(self, x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``LayerNorm.of_sum``."""
+        x = x + gate * branch
+        return self.modulated(x, shift, scale), x
+
 
 class LayerNorm(nn.Module):
-    """LayerNorm without weights; x [..., dim], computed in at least float32. adaLN gives shift and scale [B, 1, dim]."""
+    """LayerNorm without weights; x [B, S, dim], computed in at least float32. adaLN gives shift, scale and gate, [B, 1, dim] or
+    [B, S, dim]."""
 
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
         super().__init__()
@@ -49,10 +59,8 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.backend = selected("modulated_norm")
 
-    def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """``LayerNorm(x)``; with ``shift`` and ``scale``, ``LayerNorm(x) * (1 + scale) + shift``."""
-        if shift is None or scale is None:
-            return F.layer_norm(x, (self.dim,), eps=self.eps)
+    def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """``norm(x) * (1 + scale) + shift``."""
         return modulated_norm(x, shift, scale, self.eps, backend=self.backend)
 
     def of_sum(self, x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,18 +92,20 @@ class AffineLayerNorm(nn.Module):
 
 
 #: by their names in configs
-NORMS: dict[str, type[RMSNorm] | type[AffineLayerNorm]] = {"rms": RMSNorm, "layer": AffineLayerNorm}
+NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": AffineLayerNorm}
+#: where a condition gives shift and scale
+MODULATED_NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
 
 
-def make_norm(kind: str, dim: int, eps: float) -> Any:
-    """An ``RMSNorm`` ("rms") or ``AffineLayerNorm`` ("layer").
+def make_norm(kind: str, dim: int, eps: float, *, modulated: bool = False) -> Any:
+    """An ``RMSNorm`` ("rms") or ``AffineLayerNorm`` ("layer"); if it is ``modulated``, "layer" is ``LayerNorm``.
 
     Raises:
         UserError: no such norm.
     """
     if kind not in NORMS:
         raise UserError(f"no norm '{kind}'. {did_you_mean(kind, NORMS)}")
-    return NORMS[kind](dim, eps=eps)
+    return (MODULATED_NORMS if modulated else NORMS)[kind](dim, eps=eps)
 
 
 def norm_spec(name: str, norm: nn.Module) -> dict[str, Init]:

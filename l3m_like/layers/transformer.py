@@ -12,10 +12,11 @@ from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, XavierUniform
 from l3m_like.kernels.attention import LoweredMask
 from l3m_like.kernels.modulated_norm import gated_residual
+from l3m_like.kernels.select import selected
 from l3m_like.layers.cache import LayerCache
 from l3m_like.layers.modulation import Modulation
 from l3m_like.layers.moe import MoE
-from l3m_like.layers.norm import LayerNorm, make_norm, norm_spec
+from l3m_like.layers.norm import make_norm, norm_spec
 
 
 class TransformerLayer(nn.Module):
@@ -194,33 +195,55 @@ class LadderLayer(nn.Module):
 
 
 class DiTLayer(nn.Module):
-    """adaLN-Zero layer (arXiv:2212.09748): shift, scale and gate of both branches come from the condition.
+    """adaLN-Zero layer (arXiv:2212.09748): ``x += gate * mixer(norm(x) (1 + scale) + shift)``, then the MLP likewise; shift,
+    scale and gate of both branches come from the condition. DiT^DH (RAE, arXiv:2510.11690) has RMSNorms, rotary positions, and in
+    its head a condition for each token.
 
     Args:
         dim: D.
         mixer, mlp: as in ``TransformerLayer``. Their matrices are drawn Xavier-uniform, as DiT and SiT do.
+        norm_eps: of both norms.
+        norm: "layer": LayerNorm without weights, or "rms".
     """
 
     mixer: Any
     mlp: Any
 
-    def __init__(self, dim: int, *, mixer: Callable[[int], nn.Module], mlp: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mixer: Callable[[int], nn.Module],
+        mlp: Callable[[int], nn.Module],
+        norm_eps: float = 1e-6,
+        norm: str = "layer",
+    ) -> None:
         super().__init__()
         self.modulation = Modulation(dim, 6)
-        self.norm_1 = LayerNorm(dim)
+        self.norm_1 = make_norm(norm, dim, norm_eps, modulated=True)
         self.mixer = mixer(dim)
-        self.norm_2 = LayerNorm(dim)
+        self.norm_2 = make_norm(norm, dim, norm_eps, modulated=True)
         self.mlp = mlp(dim)
+        self.backend = selected("modulated_norm")
         for part in (self.mixer, self.mlp):
             if hasattr(part, "weight_init"):
                 part.weight_init = XavierUniform()
 
-    def forward(self, x: Tensor, condition: Tensor, mask: LoweredMask | None = None) -> Tensor:
-        """x [B, S, D], condition [B, D], mask as ``Attention.forward`` takes it -> [B, S, D]."""
+    def forward(
+        self, x: Tensor, condition: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: LoweredMask | None = None
+    ) -> Tensor:
+        """x [B, S, D], condition [B, D] or [B, S, D], rope and mask as ``Attention.forward`` takes them -> [B, S, D]."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)
-        mixed = self.mixer(self.norm_1(x, shift_1, scale_1), mask=mask)
+        mixed = self.mixer(self.norm_1.modulated(x, shift_1, scale_1), rope, mask)
         normed, x = self.norm_2.of_sum(x, gate_1, mixed, shift_2, scale_2)
-        return gated_residual(x, gate_2, self.mlp(normed), backend=self.norm_2.backend)
+        return gated_residual(x, gate_2, self.mlp(normed), backend=self.backend)
 
-    def flops(self, rows: int, tokens: int, pairs: int) -> int:
-        return self.modulation.flops(rows) + self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)
+    def flops(self, conditions: int, tokens: int, pairs: int) -> int:
+        """Forward FLOPs; ``conditions``: how many vectors modulate."""
+        return self.modulation.flops(conditions) + self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)
+
+    def tp_plan(self) -> dict[str, str]:
+        return {"norm_1": "replicated", "norm_2": "replicated"}
+
+    def init_spec(self) -> dict[str, Init]:
+        return norm_spec("norm_1", self.norm_1) | norm_spec("norm_2", self.norm_2)

@@ -13,8 +13,7 @@ from torch import nn
 
 from l3m_like.blocks import DiT, PatchDecode, PatchEmbed, TimeLabelEmbed
 from l3m_like.core.errors import UserError
-from l3m_like.layers import MLP, Attention, DiTLayer
-from l3m_like.layers.mlp import ACTIVATIONS
+from l3m_like.layers import MLP, Attention, DiTLayer, LayerNorm
 from l3m_like.pretrained import decoder
 from l3m_like.pretrained.families import Family
 from l3m_like.pretrained.name_map import Source, Templates
@@ -35,9 +34,7 @@ CONSTANT = {
     "attention_bias": True,
     "norm_type": "ada_norm_zero",
     "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
 }
-
 
 
 def diffusers_names(num_layers: int, *, channels: int, patch: int) -> Templates:
@@ -77,10 +74,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
     label = decoder.the_block(model, TimeLabelEmbed).label
     layers: list[Any] = list(trunk.layers)
     for at, layer in enumerate(layers):
-        known = isinstance(layer, DiTLayer) and isinstance(layer.mixer, Attention) and isinstance(layer.mlp, MLP)
+        known = isinstance(layer, DiTLayer) and isinstance(layer.norm_1, LayerNorm)
+        known = known and isinstance(layer.mixer, Attention) and isinstance(layer.mlp, MLP)
         if not known or layer.mixer.q_proj.bias is None or layer.mixer.q_norm is not None or layer.mlp.up.bias is None:
-            raise UserError(f"layer {at} is no DiTLayer of Attention and MLP with biases and without qk_norm.")
-        if layer.mlp.activation is not ACTIVATIONS["gelu_tanh"] or layer.mlp.hidden_dim != 4 * patches.dim:
+            raise UserError(f"layer {at} is no DiTLayer of LayerNorm, Attention and MLP with biases and without qk_norm.")
+        if layer.mlp.activation != "gelu_tanh" or layer.mlp.hidden_dim != 4 * patches.dim:
             raise UserError(f"the MLP of layer {at} is another; ratio: 4.0, activation: gelu_tanh.")
     heads = decoder.common([{"num_attention_heads": layer.mixer.num_heads} for layer in layers], "layer")
     channels, size, _ = patches.shape
@@ -93,6 +91,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "sample_size": size,
         "patch_size": head.patch,
         "num_embeds_ada_norm": label.num_embeddings - 1,
+        "norm_eps": decoder.the_eps(head.norm.eps, *(norm.eps for layer in layers for norm in (layer.norm_1, layer.norm_2))),
         **CONSTANT,
     }
 

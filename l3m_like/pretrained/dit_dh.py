@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l3m_like.blocks import DiTDH, NoiseLevelEmbed, PatchEmbed, TokenPatchDecode
 from l3m_like.core.errors import UserError
-from l3m_like.layers import Attention, ModulatedLayer, SwiGLU
+from l3m_like.layers import Attention, DiTLayer, RMSNorm, SwiGLU
 from l3m_like.pretrained import decoder, vit
 from l3m_like.pretrained.families import Family
 from l3m_like.pretrained.name_map import Source, Templates
@@ -72,10 +72,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
     for part in ("layers", "head_layers"):
         fields = []
         for at, layer in enumerate(getattr(trunk, part)):
-            known = isinstance(layer, ModulatedLayer) and isinstance(layer.mixer, Attention) and isinstance(layer.mlp, SwiGLU)
+            known = isinstance(layer, DiTLayer) and isinstance(layer.norm_1, RMSNorm)
+            known = known and isinstance(layer.mixer, Attention) and isinstance(layer.mlp, SwiGLU)
             if not known or not layer.mixer.interleaved or layer.mixer.q_norm is not None or layer.mixer.window is not None:
                 raise UserError(
-                    f"{part} {at} is no ModulatedLayer of Attention (interleaved: true, without qk_norm and window) and SwiGLU."
+                    f"{part} {at} is no DiTLayer of RMSNorm, Attention (interleaved: true, no qk_norm, no window) and SwiGLU."
                 )
             fields.append({"num_heads": layer.mixer.num_heads, "mlp_dim": layer.mlp.hidden_dim})
         found = {name: [*found.get(name, []), value] for name, value in decoder.common(fields, "layer").items()}

@@ -10,7 +10,6 @@ from torch import nn
 from l3m_like.blocks import LanguageModelHead, TokenEmbed, Transformer
 from l3m_like.core.errors import UserError
 from l3m_like.layers import MLP, AffineLayerNorm, Attention, ParallelLayer
-from l3m_like.layers.mlp import ACTIVATIONS
 from l3m_like.pretrained import decoder
 from l3m_like.pretrained.families import Family
 from l3m_like.pretrained.name_map import Source, Templates
@@ -56,7 +55,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
             raise UserError("its attention is another; set kv_heads: 1, qk_norm: false, window: null.")
         if mixer.q_proj.bias is not None or mixer.out_proj.bias is not None or layer.mlp.up.bias is not None:
             raise UserError("it has biases, which this family has not.")
-        if layer.mlp.activation is not ACTIVATIONS["gelu"]:
+        if layer.mlp.activation != "gelu":
             raise UserError("the activation of its MLP is another; set activation: gelu.")
     return {
         "vocab_size": embed.embed.num_embeddings,

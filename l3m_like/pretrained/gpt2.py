@@ -10,7 +10,6 @@ from torch import nn
 from l3m_like.blocks import LanguageModelHead, PlacedTokenEmbed, Transformer
 from l3m_like.core.errors import UserError
 from l3m_like.layers import MLP, AffineLayerNorm, Attention, TransformerLayer
-from l3m_like.layers.mlp import ACTIVATIONS
 from l3m_like.pretrained import decoder
 from l3m_like.pretrained.families import Family
 from l3m_like.pretrained.name_map import Source, Templates
@@ -63,7 +62,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         biases = mixer.q_proj.bias is not None and mixer.out_proj.bias is not None and layer.mlp.up.bias is not None
         if not (heads and biases) or mixer.q_norm is not None or mixer.window is not None or trunk.rope is not None:
             raise UserError("its attention is another; biases everywhere, no qk_norm, kv_heads, window or rope.")
-        if layer.mlp.activation is not ACTIVATIONS["gelu_tanh"]:
+        if layer.mlp.activation != "gelu_tanh":
             raise UserError("the activation of its MLP is another; set activation: gelu_tanh.")
     if embed.place is None:
         raise UserError("its positions are fixed sinusoids, not learned; set fixed: false.")

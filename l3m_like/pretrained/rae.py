@@ -1,4 +1,4 @@
-"""RAE's decoders (arXiv:2510.11690): published files, and names in diffusers' ``AutoencoderRAE``. Their layers are MAE's."""
+"""RAE's decoders (arXiv:2510.11690): the published files. Their layers are MAE's."""
 
 from __future__ import annotations
 
@@ -7,42 +7,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l3m_like.blocks import LatentEmbed, PatchPixels, Transformer
+from l3m_like.blocks import PatchEmbed, PatchPixels, Transformer
 from l3m_like.pretrained import decoder, vit
 from l3m_like.pretrained.families import Family
-from l3m_like.pretrained.name_map import Templates
-
-#: in diffusers
-_ATTENTION = {
-    "attention.attention.query": "attention.to_q",
-    "attention.attention.key": "attention.to_k",
-    "attention.attention.value": "attention.to_v",
-    "attention.output.dense": "attention.to_out.0",
-}
+from l3m_like.pretrained.name_map import Source, Templates
 
 
 def names(model: nn.Module) -> Templates:
     """Names in the published files of a decoder: the part ``decoder`` of ``rae.yaml``."""
-    embed, _ = vit.placed(model, LatentEmbed, "preprocessor")
+    embed, _ = vit.placed(model, PatchEmbed, "preprocessor")
     trunk, _ = vit.placed(model, Transformer, "trunk")
     head, _ = vit.placed(model, PatchPixels, "head")
     return {
-        f"{embed}.proj.{{leaf}}": "decoder_embed.{leaf}",
-        f"{embed}.class_token": "trainable_cls_token",
+        f"{embed}.projection.proj.{{leaf}}": "decoder_embed.{leaf}",
+        f"{embed}.class_token": Source("trainable_cls_token", ones=2),
         **vit.old_layers(trunk, "decoder_layers"),
         f"{head}.norm.{{leaf}}": "decoder_norm.{leaf}",
         f"{head}.proj.{{leaf}}": "decoder_pred.{leaf}",
     }
-
-
-def diffusers_names(model: nn.Module) -> Templates:
-    """Names in ``AutoencoderRAE``."""
-    found = {}
-    for ours, theirs in names(model).items():
-        for old, new in _ATTENTION.items():
-            theirs = str(theirs).replace(old, new)
-        found[ours] = f"decoder.{theirs}"
-    return found
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -51,12 +33,12 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Raises:
         UserError: the model is another.
     """
-    _, embed = vit.placed(model, LatentEmbed, "preprocessor")
+    _, embed = vit.placed(model, PatchEmbed, "preprocessor")
     _, trunk = vit.placed(model, Transformer, "trunk")
     _, head = vit.placed(model, PatchPixels, "head")
-    fields = vit.trunk_fields(trunk)
+    image, fields = vit.image_fields(embed, class_token=True, positions="sincos"), vit.trunk_fields(trunk)
     decoder.the_eps(fields["layer_norm_eps"], head.norm.eps)
-    return {**fields, "latent_channels": embed.proj.in_features, "image_size": head.image_size, "patch_size": head.patch}
+    return {**fields, "latent_channels": image["num_channels"], "image_size": head.image_size, "patch_size": head.patch}
 
 
 def normal(config: Mapping[str, Any]) -> dict[str, Any]:

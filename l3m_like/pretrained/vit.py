@@ -11,7 +11,6 @@ from l3m_like.blocks import PatchEmbed, Transformer
 from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import walk
 from l3m_like.layers import MLP, Attention, SwiGLU, TransformerLayer, sincos_positions
-from l3m_like.layers.mlp import ACTIVATIONS
 from l3m_like.layers.norm import AffineLayerNorm, RMSNorm
 from l3m_like.layers.pooling import Pool
 from l3m_like.pretrained import decoder
@@ -158,8 +157,7 @@ def activation(mlp: nn.Module) -> str:
     """Of an ``MLP`` (or ``SwiGLU``), as transformers calls it."""
     if not isinstance(mlp, MLP):
         return "silu"
-    name = next(name for name, function in ACTIVATIONS.items() if function is mlp.activation)
-    return ACTIVATION_NAMES.get(name, name)
+    return ACTIVATION_NAMES.get(mlp.activation, mlp.activation)
 
 
 def check_pool(head: Any, kind: str) -> None:

@@ -58,6 +58,7 @@ from l3m_like.training.updates import (
     refuse_gaps,
     refuse_split,
     refuse_state,
+    refuse_untied,
 )
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def plan(cfg: RunConfig, dp_size: int) -> Plan:
         losses = cfg.instantiate("loss")
     parts = parts_of(model)
     refuse_state(losses)
+    refuse_untied(parts)
     if cfg.init is None and cfg.checkpoint.resume in ("auto", "never"):
         random_weights(parts.values())  # a frozen part that nothing would be loaded into
     refuse_random_base(cfg)

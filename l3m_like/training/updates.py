@@ -6,6 +6,7 @@ update, or is frozen. Keys that a later update reads are handed on detached, as 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -374,6 +375,19 @@ def refuse_state(losses: Mapping[str, Loss]) -> None:
                 f"loss.{name} holds the tensor '{held[0]}'. A loss owns none: put a network into the model, as a Frozen block "
                 "that writes what the loss reads, and make constants in compute."
             )
+
+
+def refuse_untied(parts: Mapping[str, MetaModel]) -> None:
+    """Parameters that blocks have in common are one tensor; apart, each would be trained by itself."""
+    for part in parts.values():
+        held = Counter(id(parameter) for _, parameter in part.named_parameters(remove_duplicate=False))
+        for path, block in part.blocks():
+            for name, whose in block.shared.items():
+                if held[id(block.get_parameter(name))] == 1:
+                    raise UserError(
+                        f"{path}.{name} ({type(block).__name__}) is to be another block's as well, and would be trained by "
+                        f"itself. Name both in `tie`: {{{path}.{name}: {whose}}}."
+                    )
 
 
 def refuse_gaps(updates: Sequence[Update], carried: Mapping[str, Sequence[str]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,11 +13,13 @@ from torch import Tensor
 from l3m_like.blocks import LanguageModelHead, MultiTokenPrediction, TokenEmbed, Transformer
 from l3m_like.config import RunConfig
 from l3m_like.core import MetaModel
+from l3m_like.core.errors import UserError
 from l3m_like.core.meta_model import as_model
 from l3m_like.kernels.attention import LoweredMask
-from l3m_like.layers import Attention, MoE, Rope, SwiGLU, TransformerLayer
+from l3m_like.layers import Attention, MoE, RMSNorm, Rope, SwiGLU, TransformerLayer
 from l3m_like.losses import AheadNLL
 from l3m_like.pretrained import NameMap, family
+from l3m_like.training.updates import refuse_untied
 
 V, D, S = 50, 16, 9
 MIXER = partial(Attention, num_heads=2)
@@ -127,6 +130,14 @@ def test_its_layer_may_have_experts() -> None:
     out = block({"text_hidden": x, "text_tokens": x, **data})
     assert out["text_ahead_router_load"].shape == (1, 2, 4) and out["text_ahead_router_load"].sum() == 2 * (8 + S)
     assert block.flops(x, x, data["text_targets"]) > 2 * 2 * S * (2 * D * D + V * D)
+
+
+def test_is_not_trained_apart_from_the_head() -> None:
+    model = model_of()
+    refuse_untied({"": model})
+    model.postprocessor.final_norm = RMSNorm(D)  # as a config without this tie makes it
+    with pytest.raises(UserError, match="`tie`: {postprocessor.final_norm.weight: head.norm.weight}"):
+        refuse_untied({"": model})
 
 
 def test_published_names() -> None:

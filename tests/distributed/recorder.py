@@ -60,7 +60,8 @@ TINY = {
     ],
     # two updates; the discriminator begins at the second of three steps
     "rae": [
-        *(*_SIZE, "patch=7", "image_size=14", "latent_channels=8", "mlp_dim=24", "noise=0.5", "critic_start=1", "fool_start=1"),
+        *(*_SIZE, "patch=7", "image_size=14", "latent_channels=8", "latent_size=2", "mlp_dim=24"),
+        *("noise=0.5", "critic_start=1", "fool_start=1"),
         "encoder_arguments={img_size: 14, patch_size: 7, embed_dim: 8, depth: 1, num_heads: 2}",
     ],
     # as it is shipped: without QK-norm

@@ -21,7 +21,7 @@ SMALL = [ENCODER, "latent_channels=16", "dim=16", "layers=1", "heads=2"]
 
 @pytest.fixture(scope="module")
 def autoencoder():
-    return load(CONFIGS / "rae.yaml", overrides=[*SMALL, "mlp_dim=32", "patch=7"])
+    return load(CONFIGS / "rae.yaml", overrides=[*SMALL, "mlp_dim=32", "patch=7", "latent_size=4"])
 
 
 def test_statistics_are_those_of_the_latents(autoencoder) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from l3m_like import load, train
 from l3m_like.benchmarks.bench import bench
 from l3m_like.config import RunConfig
-from l3m_like.core.random import key_of, normal, philox, uniform
+from l3m_like.core.random import draw_by, key_of, normal, philox, uniform
 from l3m_like.data import Loader
 from l3m_like.training.control import Upcoming
 from l3m_like.training.init import initialize
@@ -86,6 +86,11 @@ def test_draws_are_those_of_the_cpu(device: torch.device) -> None:
     for dtype in (torch.float32, torch.float64):
         here = uniform(row, (3, 50), seed=1, purpose="test", dtype=dtype)
         assert torch.equal(here, uniform(row.to(device), (3, 50), seed=1, purpose="test", dtype=dtype).cpu())
+    kernel = [draw(row.to(device), (3, 50), seed=1, purpose="test", dtype=torch.float64) for draw in (uniform, normal)]
+    draw_by("torch")
+    plain = [draw(row.to(device), (3, 50), seed=1, purpose="test", dtype=torch.float64) for draw in (uniform, normal)]
+    draw_by("auto")
+    assert torch.equal(kernel[0], plain[0]) and float((kernel[1] - plain[1]).abs().max()) <= 1e-14
     # logarithm and cosine are the device's own
     here = normal(row, (3, 50), seed=1, purpose="test", dtype=torch.float64)
     there = normal(row.to(device), (3, 50), seed=1, purpose="test", dtype=torch.float64)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from l3m_like.config import RunConfig
+from l3m_like.core import random
 from l3m_like.core.errors import UserError
 from l3m_like.kernels.rms_norm import rms_norm
 from l3m_like.kernels.select import AUTO, in_use, selected, selecting
@@ -33,6 +36,15 @@ def test_the_config_chooses() -> None:
         RunConfig.from_file(LLM, ["kernels.swiglu=tritom"])
 
 
+@pytest.mark.parametrize(("version", "takes"), [("torch", False), ("triton", True), ("auto", True)])
+def test_the_config_chooses_how_a_gpu_draws(version: str, takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "_HAS_TRITON", True)
+    monkeypatch.setattr(random, "_version", "auto")
+    RunConfig.from_file(LLM, [f"kernels.random={version}"]).instantiate("loss")
+    on_a_gpu: Any = SimpleNamespace(is_cuda=True)
+    assert random._has_kernel(on_a_gpu) is takes and not random._has_kernel(torch.zeros(1))
+
+
 def test_a_choice_that_cannot_run_is_an_error() -> None:
     x, weight = torch.ones(2, 4), torch.ones(4)
     with pytest.raises(UserError, match="kernels.rms_norm = triton: it needs an NVIDIA GPU"):
@@ -48,7 +60,7 @@ def test_a_choice_that_cannot_run_is_an_error() -> None:
 def test_the_line_at_the_start() -> None:
     choices = dict.fromkeys([*AUTO, "attention", "linear_cross_entropy"], "auto")
     assert in_use(choices, "cpu", "fp32") == (
-        "kernels: rms_norm=torch modulated_norm=torch rope=torch gelu=torch swiglu=torch linear_cross_entropy=torch"
+        "kernels: rms_norm=torch modulated_norm=torch rope=torch gelu=torch swiglu=torch random=torch linear_cross_entropy=torch"
     )
     with pytest.raises(UserError, match="kernels.swiglu = triton"):
         in_use(choices | {"swiglu": "triton"}, "cpu", "bf16")

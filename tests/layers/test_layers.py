@@ -50,9 +50,10 @@ def test_rms_norm(dtype: torch.dtype) -> None:
 
 def test_norms_follow_the_weight_not_the_input() -> None:
     assert RMSNorm(16).bfloat16()(randn(2, 16, dtype=torch.float32)).dtype == torch.bfloat16
-    x = randn(2, 16)
+    x, zero = randn(2, 1, 16), torch.zeros(2, 1, 16)
     centred = x - x.mean(-1, keepdim=True)
-    torch.testing.assert_close(LayerNorm(16)(x), centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+    normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(LayerNorm(16).modulated(x, zero, zero), normal)
 
 
 def test_rope_turns_pairs_by_their_angle() -> None:
@@ -209,6 +210,7 @@ LAYERS = {
     "patches": PatchProjection(16, patch=2, channels=3),
     "transformer": TransformerLayer(16, mixer=partial(Attention, num_heads=4, qk_norm=True), mlp=partial(SwiGLU, hidden_dim=8)),
     "dit": DiTLayer(16, mixer=partial(Attention, num_heads=4, bias=True), mlp=MLP),
+    "dit_rms": DiTLayer(16, mixer=partial(Attention, num_heads=4, bias=True), mlp=MLP, norm="rms"),
 }
 
 

@@ -16,7 +16,7 @@ from l3m_like import load
 from l3m_like.blocks import DiTDH, NoiseLevelEmbed, PatchEmbed, TokenPatchDecode
 from l3m_like.core import MetaModel
 from l3m_like.core.errors import UserError
-from l3m_like.layers import Attention, ModulatedLayer, SwiGLU, sincos_positions
+from l3m_like.layers import Attention, DiTLayer, SwiGLU, sincos_positions
 from l3m_like.pretrained import NameMap, export_state, family, import_state
 from l3m_like.training.export import export
 from tests.generate.tiny import CONFIGS, save_run
@@ -105,9 +105,9 @@ class Published(nn.Module):
         return out.mT.unflatten(-1, (SIDE, SIDE))
 
 
-def layer_of(heads: int, hidden: int) -> partial[ModulatedLayer]:
+def layer_of(heads: int, hidden: int) -> partial[DiTLayer]:
     mixer = partial(Attention, num_heads=heads, bias=True, interleaved=True)
-    return partial(ModulatedLayer, mixer=mixer, mlp=partial(SwiGLU, hidden_dim=hidden, bias=True))
+    return partial(DiTLayer, norm="rms", mixer=mixer, mlp=partial(SwiGLU, hidden_dim=hidden, bias=True))
 
 
 def ours_of() -> MetaModel:

@@ -13,16 +13,22 @@ from rule import check_gradients, check_values, gradients, perturb
 from torch import Tensor
 
 from l3m_like import load
-from l3m_like.blocks import LatentEmbed, PatchPixels, Transformer
+from l3m_like.blocks import PatchEmbed, PatchPixels, Transformer
 from l3m_like.core import MetaModel
 from l3m_like.core.errors import UserError
 from l3m_like.layers import MLP, Attention, TransformerLayer
-from l3m_like.pretrained import NameMap, export_state, import_state
-from l3m_like.pretrained.rae import diffusers_names
+from l3m_like.pretrained import NameMap, export_state, family, import_state
 from l3m_like.training.export import export
 from tests.generate.tiny import CONFIGS, save_run
 
 LATENT, DIM, LAYERS, HEADS, MLP_DIM, PATCH, SIDE = 64, 48, 2, 4, 96, 4, 5
+#: names in diffusers, and in the published files
+NAMES = {
+    "attention.to_q": "attention.attention.query",
+    "attention.to_k": "attention.attention.key",
+    "attention.to_v": "attention.attention.value",
+    "attention.to_out.0": "attention.output.dense",
+}
 VANISHING = {"k_proj.bias": "softmax ignores what all keys have in common"}
 
 
@@ -32,7 +38,7 @@ def ours_of(dtype: torch.dtype) -> MetaModel:
         mlp=partial(MLP, hidden_dim=MLP_DIM, activation="gelu"),
     )  # fmt: skip
     model = MetaModel(
-        preprocessor=LatentEmbed(LATENT, DIM),
+        preprocessor=PatchEmbed(SIDE, 1, LATENT, DIM, class_token=True, reads={"image": "image_code"}),
         trunk=Transformer(DIM, LAYERS, layer, mask="full"),
         head=PatchPixels(DIM, SIDE * PATCH, PATCH),
         stream="image",
@@ -60,10 +66,23 @@ def image_of(reference: AutoencoderRAE, code: Tensor) -> Tensor:
     return 2 * reference._denormalize_image(reference.decoder.unpatchify(reference.decoder(code.flatten(2).mT).logits)) - 1
 
 
+def published(name: str) -> str:
+    for diffusers, file in NAMES.items():
+        name = name.replace(diffusers, file)
+    return name.removeprefix("decoder.")
+
+
+def in_diffusers(name: str) -> str:
+    for diffusers, file in NAMES.items():
+        name = name.replace(file, diffusers)
+    return f"decoder.{name}"
+
+
 def compare(dtype: torch.dtype, ours: MetaModel) -> None:
-    names = NameMap.of(diffusers_names(ours), ours)
+    names = NameMap.of(family("rae_decoder").templates(ours), ours)
     reference = reference_of(dtype)
-    missing, unexpected = reference.load_state_dict(export_state(names, dict(ours.named_parameters())), strict=False)
+    exported = {in_diffusers(name): value for name, value in export_state(names, dict(ours.named_parameters())).items()}
+    missing, unexpected = reference.load_state_dict(exported, strict=False)
     assert not unexpected and not [name for name in missing if name.startswith("decoder.decoder_")]
     code = torch.randn(2, LATENT, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     weight = torch.linspace(-1, 1, 2 * 3 * (SIDE * PATCH) ** 2, dtype=dtype).view(2, 3, SIDE * PATCH, -1)
@@ -72,7 +91,8 @@ def compare(dtype: torch.dtype, ours: MetaModel) -> None:
     out = ours({"image_code": code})["image_reconstruction"]
     (out * weight).square().sum().backward()
     check_values(out.detach(), theirs.detach())
-    check_gradients(gradients(ours), import_state(names, gradients(reference)), vanishing=VANISHING)
+    theirs_of_ours = import_state(names, {published(name): gradient for name, gradient in gradients(reference).items()})
+    check_gradients(gradients(ours), theirs_of_ours, vanishing=VANISHING)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -81,7 +101,7 @@ def test_equals_diffusers(dtype: torch.dtype) -> None:
 
 
 def _tanh_gelu(model: MetaModel) -> None:
-    model.trunk.layers[0].mlp.tanh = True
+    model.trunk.layers[0].mlp.activation = "gelu_tanh"
 
 
 def _other_eps(model: MetaModel) -> None:
@@ -102,26 +122,18 @@ def test_planted_fault_is_found(fault) -> None:
 
 
 SIZES = [
-    *(f"latent_channels={LATENT}", f"dim={DIM}", f"layers={LAYERS}", f"heads={HEADS}", f"mlp_dim={MLP_DIM}", f"patch={PATCH}"),
-    *(f"image_size={SIDE * PATCH}", "channels=3"),
+    *(f"latent_channels={LATENT}", f"latent_size={SIDE}", f"dim={DIM}", f"layers={LAYERS}", f"heads={HEADS}"),
+    *(f"mlp_dim={MLP_DIM}", f"patch={PATCH}", f"image_size={SIDE * PATCH}", "channels=3"),
 ]
 NO_LOSSES = ["~updates", "~loss.lpips", "~loss.fool", "~loss.tell"]
-
-
-def published(reference: AutoencoderRAE) -> dict[str, Tensor]:
-    """The decoder's state under the names of the published files."""
-    state = {**reference.decoder.state_dict(), "decoder_pos_embed": reference.decoder.decoder_pos_embed}
-    attention = {"to_q": "attention.query", "to_k": "attention.key", "to_v": "attention.value", "to_out.0": "output.dense"}
-    for old, new in attention.items():
-        state = {name.replace(f"attention.{old}", f"attention.{new}"): value for name, value in state.items()}
-    return state
 
 
 def test_file_there_and_back(tmp_path: Path) -> None:
     """A published decoder, alone or in a whole autoencoder, is the part `decoder` of an experiment; a run's is written so too."""
     reference = reference_of(torch.float64)
     perturb(reference.decoder)
-    state = published(reference)
+    state = {published(name): value for name, value in reference.decoder.state_dict().items()}
+    state |= {"decoder_pos_embed": reference.decoder.decoder_pos_embed}
     torch.save(state, tmp_path / "alone.pt")
     whole = {f"decoder.{name}": value for name, value in state.items()} | {"encoder.model.weight": torch.zeros(2)}
     torch.save({"model": whole}, tmp_path / "whole.pt")

@@ -114,7 +114,7 @@ def _swap_scale_and_shift(model: MetaModel) -> None:
 
 
 def _exact_gelu(model: MetaModel) -> None:
-    model.trunk.layers[0].mlp.tanh = False
+    model.trunk.layers[0].mlp.activation = "gelu"
 
 
 def _transpose_patches(model: MetaModel) -> None:

@@ -53,7 +53,7 @@ class PatchDecode(ReadWriteBlock):
 
     def compute(self, hidden: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(condition)
-        patches = self.proj(self.norm(hidden.to(self.proj.weight.dtype), shift, scale))
+        patches = self.proj(self.norm.modulated(hidden.to(self.proj.weight.dtype), shift, scale))
         return unpatchify(patches, self.patch, self.image_size, self.image_size)[:, : self.channels]
 
     def flops(self, hidden: Tensor, condition: Tensor) -> int:

@@ -61,6 +61,7 @@ class MultiTokenPrediction(ReadWriteBlock):
 
     outputs = ("ahead_nll", *ROUTING)
     optional_outputs = ROUTING
+    shared = {"head.weight": "head.proj.weight", "final_norm.weight": "head.norm.weight"}
 
     def __init__(
         self,

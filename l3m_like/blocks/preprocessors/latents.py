@@ -1,4 +1,4 @@
-"""Latent images: noise on them, their statistics, and their way into a decoder."""
+"""Latent images: noise on them, and their statistics."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from l3m_like.core.block import Data, ReadWriteBlock
 from l3m_like.core.errors import UserError
-from l3m_like.core.init import Init, Normal, XavierUniform, Zeros
+from l3m_like.core.init import Init
 from l3m_like.core.random import normal, uniform
-from l3m_like.layers.patch_embed import sincos_positions
 
 
 class LatentNoise(ReadWriteBlock):
@@ -128,46 +127,3 @@ class NormalizeLatent(ReadWriteBlock):
 
     def tp_plan(self) -> dict[str, str]:
         return {"mean": "replicated", "variance": "replicated"}
-
-
-class LatentEmbed(ReadWriteBlock):
-    """The places of a latent as tokens of a decoder: a linear map, a learned class token ahead, fixed 2-D sinusoids (0 for the
-    class token), as the decoders of MAE and RAE have them.
-
-    Reads   code [B, channels, h, w]
-    Writes  tokens [B, 1 + h * w, D]
-
-    Args:
-        channels: of the latent.
-        dim: D, a multiple of 4.
-        ports: reads, writes, stream, training_only of ``ReadWriteBlock``.
-    """
-
-    outputs = ("tokens",)
-
-    def __init__(self, channels: int, dim: int, **ports: Any) -> None:
-        super().__init__(**ports)
-        if dim % 4:
-            raise UserError(f"LatentEmbed: dim must be a multiple of 4 for its 2-D sinusoids, got {dim}.")
-        self.dim = dim
-        self.proj = nn.Linear(channels, dim)
-        self.class_token = nn.Parameter(torch.empty(1, 1, dim))
-
-    def compute(self, code: Tensor) -> Tensor:
-        tokens = self.proj(code.flatten(2).mT.to(self.proj.weight.dtype))
-        wide = torch.promote_types(tokens.dtype, torch.float32)
-        rows, columns = code.shape[2:]
-        tokens = (tokens + sincos_positions(rows, columns, self.dim, wide, tokens.device)).to(tokens.dtype)
-        return torch.cat((self.class_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens), dim=1)
-
-    def flops(self, code: Tensor) -> int:
-        return 2 * code.numel() * self.dim
-
-    def tp_plan(self) -> dict[str, str]:
-        return {"proj": "replicated", "class_token": "replicated"}
-
-    def optim_spec(self) -> dict[str, str | int]:
-        return {"proj.weight": "adamw", "class_token": "adamw"}
-
-    def init_spec(self) -> dict[str, Init]:
-        return {"proj.weight": XavierUniform(), "proj.bias": Zeros(), "class_token": Normal(0.02)}

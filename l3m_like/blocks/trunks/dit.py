@@ -38,7 +38,7 @@ class DiT(ReadWriteBlock):
     def compute(self, tokens: Tensor, condition: Tensor) -> Tensor:
         masks = LayerMasks(AttentionMask(), tokens.shape[1], tokens.shape[1], tokens, self.attention_used)
         for layer in self.layers:
-            tokens = layer(tokens, condition, masks.of(layer))
+            tokens = layer(tokens, condition, None, masks.of(layer))
         return tokens
 
     def shard_units(self) -> Iterable[nn.Module]:

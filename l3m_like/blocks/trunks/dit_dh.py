@@ -70,7 +70,7 @@ class DiTDH(ReadWriteBlock):
     Args:
         dim: D, the trunk's width.
         num_layers: of the trunk.
-        layer: ``layer(dim)`` makes one of the trunk: ``l3m_like.layers.ModulatedLayer``.
+        layer: ``layer(dim)`` makes one of the trunk: ``l3m_like.layers.DiTLayer`` with ``norm: rms``.
         head_dim: W, the head's width.
         head_layers: of the head.
         head_layer: likewise of the head.
@@ -177,7 +177,7 @@ class TokenPatchDecode(ReadWriteBlock):
 
     def compute(self, hidden: Tensor, token_condition: Tensor) -> Tensor:
         shift, scale = self.modulation(token_condition)
-        patches = self.proj(self.norm(hidden.to(self.proj.weight.dtype)) * (1 + scale) + shift)
+        patches = self.proj(self.norm.modulated(hidden.to(self.proj.weight.dtype), shift, scale))
         return -unpatchify(patches, self.patch, self.image_size, self.image_size)
 
     def flops(self, hidden: Tensor, token_condition: Tensor) -> int:
