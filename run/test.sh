@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests: 16 minutes on two cores (measured).
+# Run the tests: 17 minutes on two cores (measured).
 #   bash run/test.sh [--all] [pytest's arguments]
 # --all: also the whole of the large matrices (marker `slow`). It makes .venv; an active environment, or the interpreter that
 # PYTHON names, is used instead.

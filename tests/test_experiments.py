@@ -59,7 +59,7 @@ MOST_LINES = {
 #: the trained ones alone, where a published encoder is frozen
 TRAINED = {"dit_dh_xl": 838_380_628}
 #: trained by the slow tests alone; of most, other tests compare how they train and go on
-SLOW = ("block_diffusion", "siglip", "vit", "mae", "aimv1", "aimv2", "dit_dh", "rae", "moe", "sft", "dllm")
+SLOW = ("block_diffusion", "siglip", "vit", "mae", "aimv1", "aimv2", "dit_dh", "rae", "moe", "sft", "dllm", "clip", "hf_model")
 #: starts from another experiment's run: tests/training/test_distillation.py trains it
 FROM_A_RUN = ("distill",)
 

@@ -258,8 +258,13 @@ def test_killed_and_gone_on_with(to: str, workers: int, lines: Path, tmp_path: P
     assert files(out) == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("to", ["webdataset", "megatron"])
+@pytest.mark.parametrize(
+    ("to", "after"),
+    [
+        *(("webdataset", True), ("megatron", False)),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in (("webdataset", False), ("megatron", True))),
+    ],
+)
 def test_killed_at_any_rename(to: str, after: bool, lines: Path, tmp_path: Path) -> None:
     """A process that ends just before or after its n-th rename, for every n: the next ones complete it, byte by byte."""
     count = 16 if to == "webdataset" else 3  # three parts, or four

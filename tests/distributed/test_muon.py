@@ -410,7 +410,7 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(axes: dict[str, Any]) 
     assert found[0].column("skipped") == [0, 1]
 
 
-@pytest.mark.parametrize("axes", [{}, {"dp_shard": 2}, {"dp_shard": 2, "tp": 2}], ids=str)
+@pytest.mark.parametrize("axes", [{}, pytest.param({"dp_shard": 2}, marks=pytest.mark.slow), {"dp_shard": 2, "tp": 2}], ids=str)
 def test_resuming_changes_no_bit(axes: dict[str, Any]) -> None:
     settings = MUON | PLAIN | RESUMED | axes
     uninterrupted = recorded(experiment("llm", **settings), world_size(axes))[0]

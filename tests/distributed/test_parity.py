@@ -128,7 +128,7 @@ def test_the_reference_has_what_it_should() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "split"), [("llm", "dp_shard 2 x tp 2", ""), ("sit", "hsdp 2x2", ""), ("llm", "", "accumulation 4")]
+    ("name", "mesh", "split"), [("llm", "dp_shard 2 x tp 2", ""), ("sit", "hsdp 2x2", "")]
 )
 def test_in_float32(name: str, mesh: str, split: str) -> None:
     check(name, mesh, split, precision="fp32")

@@ -155,7 +155,7 @@ def sampled(run, axes: dict[str, int], calls: list[dict]) -> list:
     return [tokens(loaded, **settings) for settings in calls]
 
 
-@pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("axes", [pytest.param({"dp_shard": 2}, marks=pytest.mark.slow), {"tp": 2}], ids=str)
 def test_texts_on_a_mesh(tmp_path_factory, axes) -> None:
     calls = [{"prompts": PROMPTS[:3]}, {"prompts": PROMPTS[:3], "batch": 1, "guidance": 0.5, "threshold": 0.05}]
     for name in ("dllm", "block_diffusion"):

@@ -176,7 +176,7 @@ def test_killed_at_random_moments(uninterrupted: dict[int, list[Any]], tmp_path:
     assert history(tmp_path) == uninterrupted[1]
 
 
-@pytest.mark.parametrize(("before", "then"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "then"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)])
 def test_killed_and_relaunched_on_another_mesh(
     before: int, then: int, uninterrupted: dict[int, list[Any]], tmp_path: Path
 ) -> None:
