@@ -340,7 +340,7 @@ def _run_section(cfg: RunConfig, run: Plan, sizes: Mapping[str, int], processes:
     dp = sizes["dp_replicate"] * sizes["dp_shard"]
     axes = " x ".join(f"{axis} {sizes[axis]}" for axis in AXES if sizes[axis] > 1) or "no parallelism"
     global_batch = cfg.batch.global_
-    fits = [n for n in range(1, lanes + 1) if lanes % n == 0 and not global_batch % (n * run.micro_rows)]
+    fits = [n for n in range(1, lanes + 1) if lanes % n == 0 and not global_batch % (n * (cfg.batch.micro or 1))]
     parallel = cfg.parallel
     length = f"{run.steps:,} steps" if run.steps else f"{cfg.epochs} epochs (the data decides how many steps)"
     step = f"{global_batch} rows"

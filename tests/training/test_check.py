@@ -357,6 +357,8 @@ def test_weights_of_another_run_are_compared_before_training(tmp_path: Path) -> 
     def examined(*overrides: str, name: str = "llm") -> Report:
         return examine(config(name, *overrides), model_only=True)
 
+    assert "sizes that fit: 1, 2, 4, 8" in str(examined("batch.global=8"))
+    assert "sizes that fit: 1, 2\n" in str(examined("batch.global=8", "batch.micro=4"))
     fits = examined(f"init.from={run}")
     assert fits.code == 0 and not fits.warnings and "exit code 2" not in str(fits)
     for wrong, message in {
