@@ -435,6 +435,12 @@ def _name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """The step that the name of a checkpoint's folder says; None: it is no such name."""
+    found = re.fullmatch(r"step_(\d+)", folder.name)
+    return None if found is None else int(found[1])
+
+
 def _steps(directory: Path) -> list[int]:
     """Steps that have a directory, whole or not, ascending."""
     if not directory.is_dir():

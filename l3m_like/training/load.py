@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from l3m_like.distributed.gradients import local
 from l3m_like.distributed.mesh import Mesh
 from l3m_like.distributed.parallelize import DTYPES, parallelize
 from l3m_like.training.build import build_model
-from l3m_like.training.checkpoint import Checkpointer, DamagedCheckpoint, load_full, whole_steps
+from l3m_like.training.checkpoint import Checkpointer, DamagedCheckpoint, load_full, step_of, whole_steps
 from l3m_like.training.init import init_specs, initialize, materialize, random_weights
 from l3m_like.training.lora import load_adapters
 from l3m_like.training.start_from import load_weights
@@ -122,10 +121,10 @@ def load(
     Raises:
         UserError: no run or config there; no checkpoint, or not that step; no averaged weights; a checkpoint that does not fit.
     """
-    if isinstance(run_or_config, (str, Path)) and (one := re.fullmatch(r"step_(\d+)", Path(run_or_config).name)):
-        if step not in (None, int(one[1])):
-            raise UserError(f"load: {run_or_config} is the checkpoint of step {int(one[1])}, but step {step} was asked for.")
-        run_or_config, step = Path(run_or_config).parents[1], int(one[1])
+    if isinstance(run_or_config, (str, Path)) and (one := step_of(Path(run_or_config))) is not None:
+        if step not in (None, one):
+            raise UserError(f"load: {run_or_config} is the checkpoint of step {one}, but step {step} was asked for.")
+        run_or_config, step = Path(run_or_config).parents[1], one
     cfg, checkpoints = _find(run_or_config, overrides)
     if checkpoints is None and (step is not None or ema):
         what = "ema" if ema else f"step {step}"

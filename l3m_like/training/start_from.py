@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from l3m_like.pretrained.families import family
 from l3m_like.pretrained.folder import FolderMissing, find_folder
 from l3m_like.pretrained.name_map import ADAPTERS
 from l3m_like.pretrained.wrapped import wrapped_family
-from l3m_like.training.checkpoint import Checkpointer, stored_tensors, whole_steps
+from l3m_like.training.checkpoint import Checkpointer, step_of, stored_tensors, whole_steps
 from l3m_like.training.hugging_face import Fit, fit, listed
 from l3m_like.training.lora import adapter_names
 
@@ -36,14 +35,14 @@ def find_checkpoint(where: str, setting: str) -> tuple[Path, int]:
         DamagedCheckpoint: there are some, but not one is whole.
     """
     path = Path(where).expanduser()
-    one = re.fullmatch(r"step_(\d+)", path.name)
+    one = step_of(path)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not folder.is_dir():
         raise FolderMissing(
             f"{setting} = {where}: no such folder. Name a run's directory, or a folder checkpoints/step_... in it."
         )
-    if one:
-        return path.parent, int(one[1])
+    if one is not None:
+        return path.parent, one
     if dist.is_initialized() and dist.get_backend() == "fake":  # `--check`: one process looks, and has no one to agree with
         step = next(iter(whole_steps(folder)), None)
     else:

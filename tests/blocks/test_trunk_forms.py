@@ -227,6 +227,7 @@ def test_fixed_positions() -> None:
         theirs = embed.embed.weight[ids] + places[positions]
         assert torch.equal(embed.compute(ids.repeat(many, 1), positions.repeat(many, 1)), theirs.repeat(many, 1, 1))
     assert set(embed.init_spec()) == {name for name, _ in embed.named_parameters()} == {"embed.weight"}
+    assert embed.limits(ids) == {"ids": 10, "positions": 5}  # beyond them a few positions would have sinusoids still
     with pytest.raises(UserError, match="multiple of 4"):
         PlacedTokenEmbed(10, 6, max_positions=5, fixed=True)
 

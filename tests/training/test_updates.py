@@ -256,6 +256,14 @@ def test_planted_faults_are_found(fault: Any, settings: dict[str, Any]) -> None:
 
 # ---- adaptive weights ----------------------------------------------------------------------------------------------------
 
+
+class Alone:
+    """The mesh of a rank that hears of no other."""
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value
+
+
 ADAPTIVE = {"term": "fool", "against": ["rebuild"], "at": "auto.head.proj", "max": 50.0}
 
 
@@ -272,11 +280,6 @@ def weight_of_one_rank() -> Iterator[None]:
     from l3m_like.training.updates import AdaptiveWeight
 
     weight = AdaptiveWeight.weight
-
-    class Alone:
-        def sum(self, value: Tensor) -> Tensor:
-            return value
-
     with mock.patch.object(AdaptiveWeight, "weight", lambda self, terms, mesh: weight(self, terms, Alone())):
         yield
 
@@ -289,10 +292,6 @@ def test_adaptive_weight_of_one_rank_is_found() -> None:
 
 def test_adaptive_weight_is_finite_where_a_gradient_is_zero() -> None:
     from l3m_like.training.updates import AdaptiveWeight
-
-    class Alone:
-        def sum(self, value: Tensor) -> Tensor:
-            return value
 
     layer = nn.Linear(3, 2)
     balance = AdaptiveWeight("fool", ["rebuild"], "layer", 10.0)
@@ -314,10 +313,6 @@ def test_adaptive_weight_in_a_checkpointed_unit() -> None:
     from torch.utils.checkpoint import checkpoint
 
     from l3m_like.training.updates import AdaptiveWeight
-
-    class Alone:
-        def sum(self, value: Tensor) -> Tensor:
-            return value
 
     layer, x = nn.Linear(3, 2), torch.randn(5, 3)
     balance = AdaptiveWeight("fool", ["rebuild"], "layer", 10.0)

@@ -92,6 +92,9 @@ class PlacedTokenEmbed(TokenEmbed):
     def flops(self, ids: Tensor, positions: Tensor | None = None) -> int:  # type: ignore[override]
         return 0
 
+    def limits(self, ids: Tensor, positions: Tensor | None = None) -> dict[str, int]:  # type: ignore[override]
+        return {**super().limits(ids), "positions": self.max_positions}
+
     def tp_plan(self) -> dict[str, str]:
         return {"embed": "vocab"} if self.place is None else {"embed": "vocab", "place": "replicated"}
 
