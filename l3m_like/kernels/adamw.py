@@ -12,11 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from l3m_like.kernels.launch import HAS_TRITON, jit, tl
+from l3m_like.kernels.launch import jit, tl
+from l3m_like.kernels.table import Table, addresses
 
 _BLOCK = 1024
 
@@ -62,7 +61,7 @@ def adamw_reference(
             one.copy.copy_(weight)
 
 
-class AdamWTable:
+class AdamWTable(Table):
     """The tensors that are stepped together. They must stay where they are; ``weights`` all have a copy of one dtype, or none.
 
     Loads are wide where all sizes and addresses are multiples of 16.
@@ -70,23 +69,8 @@ class AdamWTable:
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self.weights = list(weights)
-        device = self.weights[0].weight.device
-        columns = [(w.weight, w.exp_avg, w.exp_avg_sq, w.step, w.copy) for w in self.weights]
-        rows = [[0 if t is None else t.data_ptr() for t in row] + [row[0].numel()] for row in columns]
-        self._table = torch.tensor(rows, dtype=torch.int64).to(device)
-        # which tensor a program is at work on, and where in it
-        blocks = [-(-w.weight.numel() // _BLOCK) for w in self.weights]
-        which = np.repeat(np.arange(len(blocks), dtype=np.int32), blocks)
-        first = np.repeat(np.cumsum([0, *blocks[:-1]]), blocks)
-        places = np.stack((which, (np.arange(len(which)) - first).astype(np.int32)), axis=1)
-        self._places = torch.from_numpy(places).to(device)
-        self._aligned = not any(number % 16 for row in rows for number in (*row[:3], *row[4:]))
+        super().__init__([(w.weight, w.exp_avg, w.exp_avg_sq, w.step, w.copy) for w in self.weights], _BLOCK)
         self.copy = self.weights[0].copy
-        self._where = [row[0] for row in rows]
-
-    def moved(self, weights: Sequence[Tensor]) -> bool:
-        """Whether the weights, ``weights`` now, are no longer where the table says."""
-        return self._where != [weight.data_ptr() for weight in weights]
 
     def step(
         self,
@@ -109,13 +93,11 @@ class AdamWTable:
         """
         there = [None if grad is None else grad.contiguous() for grad in grads]
         some = next(grad for grad in there if grad is not None)
-        where = [0 if grad is None else grad.data_ptr() for grad in there]
-        # from pinned memory, so that the host does not wait
-        table = torch.tensor(where, dtype=torch.int64, pin_memory=some.is_cuda).to(some.device, non_blocking=True)
-        _kernel[(len(self._places),)](
-            self._table,
+        table, aligned = addresses(there, some.device)
+        _kernel[(len(self.places),)](
+            self.addresses,
             table,
-            self._places,
+            self.places,
             some,
             self.weights[0].weight,
             self.weights[0].weight if self.copy is None else self.copy,
@@ -131,13 +113,13 @@ class AdamWTable:
             SCALED=grad_scale is not None,
             CHECKED=found_inf is not None,
             COPIED=self.copy is not None,
-            ALIGNED=self._aligned and not any(address % 16 for address in where),
+            ALIGNED=self.aligned and aligned,
             BLOCK=_BLOCK,
             num_warps=8,
         )
-        number = len(where)
+        number = len(there)
         _count_kernel[(-(-number // 1024),)](
-            self._table,
+            self.addresses,
             table,
             self.weights[0].weight,
             self.weights[0].weight if found_inf is None else found_inf,
@@ -145,11 +127,6 @@ class AdamWTable:
             CHECKED=found_inf is not None,
             BLOCK=1024,
         )
-
-
-def takes(weight: Tensor) -> bool:
-    """Whether the kernel steps ``weight`` (a shard): float32 on CUDA, contiguous."""
-    return HAS_TRITON and weight.is_cuda and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 @jit

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from l3m_like.kernels.launch import HAS_TRITON, jit, tl, triton
+from l3m_like.kernels.launch import jit, tl, triton
+from l3m_like.kernels.table import addresses
 
 _BLOCK = 4096
 
@@ -79,7 +80,7 @@ def momentum_pass(
     if len(kinds) > 1:  # some were summed in float32, others came once
         there = [grad.float() for grad in there]
     left = iter(there)
-    table, aligned = _addresses([None if grad is None else next(left) for grad in grads], momentum.device)
+    table, aligned = addresses([None if grad is None else next(left) for grad in grads], momentum.device)
     size = rows // split * cols
     update = torch.empty(momentum.shape, dtype=dtype, device=momentum.device) if out is None else out
     update = update.view(count * split, rows // split, cols)
@@ -141,7 +142,7 @@ def apply_pass(
     """
     there = [copy for copy in copies if copy is not None]
     assert len({copy.dtype for copy in there}) <= 1
-    table, aligned = _addresses([*weights, *copies], update.device)
+    table, aligned = addresses([*weights, *copies], update.device)
     size = weights[0].numel()
     _apply_kernel[(triton.cdiv(size, _BLOCK), len(weights))](
         table,
@@ -180,19 +181,6 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         x, factor, out, size, EACH=factor.numel() > 1, BLOCK=_BLOCK, num_warps=8
     )
     return out
-
-
-def takes(momentum: Tensor) -> bool:
-    """Whether the kernels step matrices whose momentum this is: float32 on CUDA."""
-    return HAS_TRITON and momentum.is_cuda and momentum.dtype == torch.float32
-
-
-def _addresses(tensors: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor, bool]:
-    """Where the tensors are, int64 on the device, 0 for None; and whether loads of 16 bytes may be used for all of them."""
-    where = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    # from pinned memory, so that the host does not wait
-    table = torch.tensor(where, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    return table, not any(address % 16 for address in where)
 
 
 @jit

@@ -296,6 +296,29 @@ def test_a_bad_step_is_skipped_on_the_device(device: torch.device) -> None:
     assert int(guard.good) == 2
 
 
+def test_averages_are_their_formula_without_a_wait(device: torch.device) -> None:
+    torch.manual_seed(0)
+    shapes = [(1024, 1152), (1152,), (48, 16), (3, 1001), (5,)]
+    for precision, launches in ((torch.float32, 2), (torch.float64, 0)):
+        parameters = {str(i): nn.Parameter(torch.randn(s, device=device, dtype=precision)) for i, s in enumerate(shapes)}
+        ema, good = EMA(parameters, 0.9), torch.zeros((), device=device)
+        wanted = {name: average.double() for name, average in ema.average.items()}
+        for number in range(4):
+            for name, parameter in parameters.items():
+                if number == 2:  # other memory, as after resharding
+                    parameter.data = parameter.data.clone()
+                parameter.data.normal_()
+                wanted[name] = wanted[name].lerp(parameter.detach().double(), 0.1)
+            torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one compiles
+            try:
+                ema.update(good)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert len(ema._tables) == launches
+        for name, average in ema.average.items():
+            torch.testing.assert_close(average.double(), wanted[name], rtol=1e-6, atol=1e-6)
+
+
 # ---- the benchmark -------------------------------------------------------------------------------------------------------
 
 

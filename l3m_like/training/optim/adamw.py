@@ -10,7 +10,8 @@ from torch import Tensor
 
 from l3m_like.distributed.gradients import local
 from l3m_like.distributed.low_precision import copy_of, write_copies
-from l3m_like.kernels.adamw import AdamWTable, Weight, takes
+from l3m_like.kernels.adamw import AdamWTable, Weight
+from l3m_like.kernels.table import takes
 
 
 class AdamW(torch.optim.AdamW):

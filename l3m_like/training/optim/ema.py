@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from l3m_like.distributed.gradients import local
+from l3m_like.kernels.ema import EMATable, ema_reference
+from l3m_like.kernels.table import takes
 
 
 class EMA:
@@ -22,19 +24,30 @@ class EMA:
         self.average = {
             name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in self.parameters.items()
         }
+        #: of what the kernel takes: the names, and their table
+        self._tables: list[tuple[list[str], EMATable]] = []
 
     @torch.no_grad()
     def update(self, skipped: Tensor | None = None) -> None:
         """Move towards the parameters; by nothing where the device scalar ``skipped`` is 1."""
-        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for name, average in self.average.items():
-            averages, targets = by_dtype.setdefault(average.dtype, ([], []))
-            averages.append(local(average))
-            targets.append(local(self.parameters[name]).to(average.dtype))
-        for dtype, (averages, targets) in by_dtype.items():
-            weight = torch.full((), 1.0 - self.decay, dtype=dtype, device=averages[0].device)
-            weight = weight if skipped is None else weight * (1.0 - skipped.to(dtype))
-            torch._foreach_lerp_(averages, targets, [weight] * len(averages))
+        weights = {name: local(parameter) for name, parameter in self.parameters.items()}
+        for _, table in self._tables_of(weights):
+            table.update(self.decay, skipped)
+        taken = {name for names, _ in self._tables for name in names}
+        left = [name for name in weights if name not in taken]
+        ema_reference([local(self.average[name]) for name in left], [weights[name] for name in left], self.decay, skipped)
+
+    def _tables_of(self, weights: Mapping[str, Tensor]) -> list[tuple[list[str], EMATable]]:
+        if not self._tables or any(table.moved([weights[name] for name in names]) for names, table in self._tables):
+            alike: dict[bool, list[str]] = {}
+            for name, weight in weights.items():
+                if takes(weight) and weight.numel():
+                    alike.setdefault(weight.numel() % 16 == 0, []).append(name)
+            self._tables = [
+                (names, EMATable([local(self.average[name]) for name in names], [weights[name] for name in names]))
+                for names in alike.values()
+            ]
+        return self._tables
 
     @torch.no_grad()
     def swap(self) -> None:

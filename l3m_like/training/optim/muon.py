@@ -17,8 +17,9 @@ from l3m_like.distributed.gradients import local
 from l3m_like.distributed.low_precision import copy_of
 from l3m_like.distributed.mesh import Mesh
 from l3m_like.distributed.owners import Bucket, Matrix, Pending, buckets, rank_places, share_out
-from l3m_like.kernels.muon import apply_pass, apply_pass_reference, momentum_pass, momentum_pass_reference, takes
+from l3m_like.kernels.muon import apply_pass, apply_pass_reference, momentum_pass, momentum_pass_reference
 from l3m_like.kernels.newton_schulz import method_for, newton_schulz, newton_schulz_flops, newton_schulz_scaled
+from l3m_like.kernels.table import takes
 
 #: elements that an owner has in work at a time, at most: enough blocks to fill an accelerator
 _IN_WORK = 1 << 26
@@ -120,7 +121,7 @@ class Muon:
         """Decay the weights of a run, and subtract its updates, which are ``size`` times too large."""
         group = self.param_groups[run.group]
         weights = [local(p) for p in run.parameters]
-        fused = takes(weights[0]) and all(weight.is_contiguous() for weight in weights)
+        fused = all(takes(weight) for weight in weights)
         copies = [None if copy is None else local(copy).flatten(0, -2) for copy in map(copy_of, run.parameters)]
         (apply_pass if fused else apply_pass_reference)(
             [weight.flatten(0, -2) for weight in weights],
