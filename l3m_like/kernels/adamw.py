@@ -94,7 +94,7 @@ class AdamWTable(Table):
         there = [None if grad is None else grad.contiguous() for grad in grads]
         some = next(grad for grad in there if grad is not None)
         table, aligned = addresses(there, some.device)
-        _kernel[(len(self.places),)](
+        _adamw_kernel[(len(self.places),)](
             self.addresses,
             table,
             self.places,
@@ -118,7 +118,7 @@ class AdamWTable(Table):
             num_warps=8,
         )
         number = len(there)
-        _count_kernel[(-(-number // 1024),)](
+        _adamw_count_kernel[(-(-number // 1024),)](
             self.addresses,
             table,
             self.weights[0].weight,
@@ -130,7 +130,7 @@ class AdamWTable(Table):
 
 
 @jit
-def _kernel(  # type: ignore[no-untyped-def]
+def _adamw_kernel(  # type: ignore[no-untyped-def]
     table,
     grads,
     places,
@@ -197,7 +197,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _count_kernel(  # type: ignore[no-untyped-def]
+def _adamw_count_kernel(  # type: ignore[no-untyped-def]
     table, grads, weight_like, found_inf, number, CHECKED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Another step of each weight that has a gradient. In a launch of its own: all programs of the other read the counts."""

@@ -42,7 +42,7 @@ class EMATable(Table):
         Args:
             skipped: device scalar; where it is 1, nothing changes.
         """
-        _kernel[(len(self.places),)](
+        _ema_kernel[(len(self.places),)](
             self.addresses,
             self.places,
             self.places if skipped is None else skipped,
@@ -55,7 +55,7 @@ class EMATable(Table):
 
 
 @jit
-def _kernel(  # type: ignore[no-untyped-def]
+def _ema_kernel(  # type: ignore[no-untyped-def]
     table, places, skipped, share, CHECKED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     if CHECKED and tl.load(skipped) > 0:

@@ -85,7 +85,7 @@ def momentum_pass(
     update = torch.empty(momentum.shape, dtype=dtype, device=momentum.device) if out is None else out
     update = update.view(count * split, rows // split, cols)
     squares = torch.empty(count * split, triton.cdiv(size, _BLOCK), dtype=torch.float32, device=momentum.device)
-    _momentum_kernel[(squares.shape[1], count * split)](
+    _muon_momentum_kernel[(squares.shape[1], count * split)](
         table,
         there[0] if there else momentum,
         momentum,
@@ -144,7 +144,7 @@ def apply_pass(
     assert len({copy.dtype for copy in there}) <= 1
     table, aligned = addresses([*weights, *copies], update.device)
     size = weights[0].numel()
-    _apply_kernel[(triton.cdiv(size, _BLOCK), len(weights))](
+    _muon_apply_kernel[(triton.cdiv(size, _BLOCK), len(weights))](
         table,
         weights[0],
         there[0] if there else weights[0],
@@ -177,14 +177,14 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     out = torch.empty_like(x, dtype=dtype)
     size = x[0].numel()
-    _scale_kernel[(triton.cdiv(size, _BLOCK), x.shape[0])](
+    _muon_scale_kernel[(triton.cdiv(size, _BLOCK), x.shape[0])](
         x, factor, out, size, EACH=factor.numel() > 1, BLOCK=_BLOCK, num_warps=8
     )
     return out
 
 
 @jit
-def _momentum_kernel(  # type: ignore[no-untyped-def]
+def _muon_momentum_kernel(  # type: ignore[no-untyped-def]
     table,
     grad_like,
     momentum,
@@ -226,7 +226,7 @@ def _momentum_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _apply_kernel(  # type: ignore[no-untyped-def]
+def _muon_apply_kernel(  # type: ignore[no-untyped-def]
     table,
     weight_like,
     copy_like,
@@ -260,7 +260,7 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _scale_kernel(x, factor, out, size, EACH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _muon_scale_kernel(x, factor, out, size, EACH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     number = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = number * size + at

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from l3m_like.benchmarks.profile import STEPS, Recorder, page, shortened, summarize
+from l3m_like.kernels import adamw, ema, muon
 
 
 def event(name: str, start: float, length: float, cat: str = "kernel") -> dict[str, Any]:
@@ -60,6 +61,12 @@ def test_sums_overlaps_and_idle() -> None:
 ])  # fmt: skip
 def test_classes(name: str, kind: str) -> None:
     assert list(summarize([event(name, 0, 1)], 1)["classes"]) == [kind]
+
+
+def test_classes_of_kernels_that_step_weights() -> None:
+    for module in (adamw, ema, muon):
+        kernels = [name for name in vars(module) if name.endswith("_kernel")]
+        assert kernels and all(list(summarize([event(name, 0, 1)], 1)["classes"]) == ["optimizer"] for name in kernels)
 
 
 def test_names_are_shortened() -> None:
