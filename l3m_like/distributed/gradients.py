@@ -65,7 +65,12 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
             groups[(None, ())].append(gradient)
     total: Tensor | None = None
     for (device_mesh, axes), tensors in groups.items():
-        norms = torch._foreach_norm(tensors, 2.0, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+        alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            alike[tensor.dtype].append(tensor)
+        norms: list[Tensor] = []
+        for dtype, some in alike.items():  # of several dtypes in one call torch takes each tensor by itself
+            norms += torch._foreach_norm(some, 2.0, dtype=torch.promote_types(dtype, torch.float32))
         square = torch.stack(norms).square().sum()
         for axis in axes:
             dist.all_reduce(square, group=device_mesh.get_group(axis))

@@ -68,6 +68,20 @@ def _place(full: Tensor, mesh: Any, placements: Any) -> DTensor:
     return distribute_tensor(full.clone(), mesh, placements, src_data_rank=None)
 
 
+def test_norm_of_gradients_in_several_dtypes() -> None:
+    """One call for those of a dtype: torch is fast on lists of one."""
+    from l3m_like.distributed import gradients
+
+    generator = torch.Generator().manual_seed(0)
+    kinds = (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32)
+    mixture = [torch.randn(5, 3, generator=generator).to(dtype) for dtype in kinds]
+    with mock.patch.object(torch, "_foreach_norm", wraps=torch._foreach_norm) as called:
+        norm = gradients.gradient_norm(mixture)
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm.double(), torch.cat([g.double().flatten() for g in mixture]).norm(), rtol=1e-6, atol=0)
+    assert [{g.dtype for g in call.args[0]} for call in called.call_args_list] == [{torch.bfloat16}, {torch.float32}]
+
+
 def test_norm_over_mixed_placements() -> None:
     for norm, expected, half, wrong in pool.run(4, mixed):
         assert norm == pytest.approx(expected, rel=1e-13)
