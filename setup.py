@@ -27,7 +27,7 @@ setup(
         "l3m_like._configs.experiment.preset": "configs/experiment/preset",
     },
     package_data={
-        "l3m_like": ["data/shipped/*", "py.typed"],
+        "l3m_like": ["data/shipped/*", "kernels/*.cu", "py.typed"],
         "l3m_like._configs": ["*.yaml"],
         "l3m_like._configs.data": ["*.yaml"],
         "l3m_like._configs.experiment": ["*.yaml"],

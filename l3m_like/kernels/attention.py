@@ -9,6 +9,7 @@ wants, made once per forward by ``layers/masks.py``.
 | reference | plain torch, softmax in at least float32: the definition | all (dense) |
 | sdpa | torch's SDPA; causal without a mask, else a dense one | all (dense) |
 | flash, cudnn | SDPA's fused kernels by name, fp16 and bf16 on CUDA | full, causal |
+| short | cuDNN's forward and a backward of ours for short rows on Hopper (``short_attention.py``), fp16 and bf16 | full |
 | varlen | FlashAttention-2 over document borders, fp16 and bf16 on CUDA | full, causal, windows, documents |
 | flex | torch's FlexAttention, compiled on CUDA | all (block-sparse) |
 | flash_attn | the package flash-attn (2), or flash_attn_interface (3), where it is installed | as varlen |
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.kernels.short_attention import short_attention, short_attention_takes
 
 
 class LoweredMask(NamedTuple):
@@ -96,6 +98,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
     return out.transpose(1, 2)
 
 
+def _short(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
+    return short_attention(q, k, v)
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -130,12 +136,13 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, LoweredMask], Tensor]] = {
     "sdpa": _sdpa,
     "flash": _flash,
     "cudnn": _cudnn,
+    "short": _short,
     "varlen": _varlen,
     "flex": _flex,
     "flash_attn": _flash_attn,
 }
 #: take fp16 and bf16 on CUDA alone
-FUSED = ("flash", "cudnn", "varlen", "flash_attn")
+FUSED = ("flash", "cudnn", "short", "varlen", "flash_attn")
 #: take document borders
 BORDERS = ("varlen", "flash_attn")
 
@@ -147,6 +154,11 @@ def check_backend(name: str) -> str:
     if name == "flash_attn" and not any(importlib.util.find_spec(package) for package in _FLASH_ATTN):
         raise UserError("attention backend flash_attn: the package is not installed (pip install flash-attn). 'auto' needs none.")
     return name
+
+
+def short_takes(length: int, head_dim: int, grouped: bool, device: torch.device) -> bool:
+    """Whether the backend "short" does full attention of rows of ``length``; ``grouped``: several queries share a key head."""
+    return not grouped and cudnn_takes(head_dim, device) and short_attention_takes(length, head_dim, device)
 
 
 @functools.cache

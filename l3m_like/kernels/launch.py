@@ -42,7 +42,7 @@ else:
 # torch.compile's cache on disk knows the source of an operation's forward kernel, but neither that of its backward nor how they
 # are launched: without this it would go on with kernels that have changed
 compiler_config.cache_key_tag += hashlib.sha1(
-    b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
+    b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.[pc][yu]")))
 ).hexdigest()
 
 

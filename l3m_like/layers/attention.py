@@ -13,8 +13,9 @@ from l3m_like.core.init import Init, Normal, Ones, XavierUniform, Zeros
 from l3m_like.kernels.attention import LoweredMask, attention, check_backend
 from l3m_like.kernels.rope import norm_rope, qk_norm_rope
 from l3m_like.kernels.select import selected
+from l3m_like.kernels.short_attention import joint_short_attention
 from l3m_like.layers.cache import LayerCache
-from l3m_like.layers.linear import joint_linear
+from l3m_like.layers.linear import joined_output, joins, joint_linear
 from l3m_like.layers.norm import RMSNorm
 
 

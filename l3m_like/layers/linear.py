@@ -21,14 +21,23 @@ def joint_linear(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
     The outputs are then views of one tensor, and so is the backward pass one product, without sums over the layers. The weights
     are joined by a copy, unless the first layer has ``joined_weight``: a tensor in which all of them lie.
     """
-    ordinary = all(is_ordinary(layer) and (layer.bias is None) == (layers[0].bias is None) for layer in layers)
-    if not ordinary or x.numel() < _ROWS * x.shape[-1]:
+    if not joins(x, *layers):
         return [layer(x) for layer in layers]
+    # of the weights, not `out_features`: a rank of tensor parallelism may hold a part
+    return list(joined_output(x, *layers).split([layer.weight.shape[0] for layer in layers], dim=-1))
+
+
+def joins(x: Tensor, *layers: nn.Linear) -> bool:
+    """Whether ``joint_linear`` makes one product of ``layers``."""
+    ordinary = all(is_ordinary(layer) and (layer.bias is None) == (layers[0].bias is None) for layer in layers)
+    return ordinary and x.numel() >= _ROWS * x.shape[-1]
+
+
+def joined_output(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """The one product of layers that can be joined: their outputs side by side."""
     weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    # of the weights, not `out_features`: a rank of tensor parallelism may hold a part
-    joined = getattr(layers[0], "joined_weight", None)
-    return list(_Joint.apply(x, joined, *weights, *biases).split([weight.shape[0] for weight in weights], dim=-1))
+    return _Joint.apply(x, getattr(layers[0], "joined_weight", None), *weights, *biases)
 
 
 def is_ordinary(layer: nn.Module) -> bool:

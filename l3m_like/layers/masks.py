@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.kernels.attention import BORDERS, FUSED, LoweredMask, cudnn_takes
+from l3m_like.kernels.attention import BORDERS, FUSED, LoweredMask, cudnn_takes, short_takes
 from l3m_like.kernels.linear_cross_entropy import IGNORE
 
 KINDS = ("full", "causal", "prefix", "staged")
@@ -72,11 +72,19 @@ def check_kind(kind: str) -> None:
 
 
 def choose_backend(
-    asked: str, mask: AttentionMask, query_length: int, kv_length: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    asked: str,
+    mask: AttentionMask,
+    query_length: int,
+    kv_length: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    grouped: bool = False,
 ) -> str:
     """The backend for ``mask``: the one that was asked for, or for "auto" the fastest that is exact.
 
-    Measured on Hopper (docs/benchmarks.md): cuDNN where neither documents, windows nor prefixes are masked, else FlexAttention
+    ``grouped``: query heads share key heads. Measured on Hopper (docs/benchmarks.md): for short rows without a mask cuDNN with a
+    backward pass of ours ("short"), else cuDNN where neither documents, windows nor prefixes are masked, else FlexAttention
     (FlashAttention-2 over document borders takes longer, the longer the list of borders that few documents fill).
     Elsewhere (CPU, fp32, a key/value cache) SDPA.
 
@@ -92,6 +100,8 @@ def choose_backend(
         if device.type != "cuda" or not half or not square:
             return "sdpa"
         if plain:
+            if mask.kind == "full" and short_takes(query_length, head_dim, grouped, device):
+                return "short"
             exact = torch.are_deterministic_algorithms_enabled()  # cuDNN's backward pass is not
             return "cudnn" if cudnn_takes(head_dim, device) and not exact else "flash" if head_dim <= 256 else "sdpa"
         return "flex" if 16 <= head_dim <= 256 else "sdpa"
@@ -103,6 +113,8 @@ def choose_backend(
         problem = f"it takes fp16 and bf16 on CUDA, not {dtype} on {device.type}"
     elif asked in FUSED and not square:
         problem = "it takes no key/value cache"
+    elif asked == "short" and not meta and not (plain and short_takes(query_length, head_dim, grouped, device)):
+        problem = "it takes full attention of 65 to 256 places with heads of 64 or 72, each with its own keys, on Hopper"
     elif asked in ("flash", "cudnn") and not plain:
         problem = "it masks neither documents, windows, prefixes nor stages"
     elif asked in BORDERS and not bordered:
@@ -143,7 +155,7 @@ def lower(
         # FlashAttention counts the keys beside the query's own
         left = -1 if mask.window is None else mask.window - 1
         return LoweredMask(backend, cu_seqlens=borders, max_seqlen=query_length, window=(left, 0 if causal else left))
-    if backend in ("flash", "cudnn"):
+    if backend in ("flash", "cudnn", "short"):
         return LoweredMask(backend, causal=causal)
     if backend == "sdpa" and mask.document_ids is None and (mask.window is None or mask.window >= kv_length):
         known = isinstance(mask.query_start, int)
@@ -280,11 +292,12 @@ class LayerMasks:
         asked = getattr(layer.mixer, "backend", None)
         if asked is None:
             return self.mask
-        key = (asked, layer.mixer.window, layer.mixer.head_dim)
+        grouped = layer.mixer.num_heads != getattr(layer.mixer, "num_kv_heads", layer.mixer.num_heads)
+        key = (asked, layer.mixer.window, layer.mixer.head_dim, grouped)
         if key not in self._made:
             mask = dataclasses.replace(self.mask, window=layer.mixer.window)
             lengths, device = (self.query_length, self.kv_length), self.tokens.device
-            backend = choose_backend(asked, mask, *lengths, layer.mixer.head_dim, self.tokens.dtype, device)
+            backend = choose_backend(asked, mask, *lengths, layer.mixer.head_dim, self.tokens.dtype, device, grouped)
             self.told[_words(mask)] = backend
             half = self.tokens.dtype.itemsize == 2
             self._made[key] = lower(mask, backend, self.tokens.shape[0], *lengths, device, half=half)
