@@ -14,7 +14,7 @@ from l3m_like.kernels.attention import LoweredMask, attention, check_backend
 from l3m_like.kernels.rope import norm_rope, qk_norm_rope
 from l3m_like.kernels.select import selected
 from l3m_like.layers.cache import LayerCache
-from l3m_like.layers.linear import joint_linear
+from l3m_like.layers.linear import joint_linear, linear
 from l3m_like.layers.norm import RMSNorm
 
 
@@ -45,6 +45,8 @@ class Attention(nn.Module):
 
     #: linear layers that are computed as one
     joint: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"),)
+    #: its bias can be left to the caller
+    last = "out_proj"
 
     k_proj: nn.Linear | None
     v_proj: nn.Linear | None
@@ -105,9 +107,12 @@ class Attention(nn.Module):
         mask: LoweredMask | None = None,
         cache: LayerCache | None = None,
         kv: tuple[Tensor, Tensor] | None = None,
+        *,
+        biased: bool = True,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, S, D]; rope (cos, sin) each [B or 1, S, K]; mask lowered for this layer (None: full, without a window); with a
-        cache, the mask covers all keys in it; kv: what the layer gave that these queries share keys and values with."""
+        cache, the mask covers all keys in it; kv: what the layer gave that these queries share keys and values with. Not
+        ``biased``: without the bias of ``out_proj``, which the caller adds (``bias_apart``)."""
         x = x.to(self.q_proj.weight.dtype)
         cos, sin = (None, None) if rope is None else rope
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
@@ -126,7 +131,7 @@ class Attention(nn.Module):
             q = q * self.query_factor
         if cache is not None:
             k, v = cache.append(k, v)
-        out = self.out_proj(attention(q, k, v, mask).flatten(2))
+        out = linear(attention(q, k, v, mask).flatten(2), self.out_proj, biased=biased)
         return (out, (k, v)) if self.gives_kv else out
 
     def _ordered(self, heads: Tensor) -> Tensor:
