@@ -284,6 +284,11 @@ def _empty(x: Tensor, *others: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
+def _or_any(bias: Tensor | None, other: Tensor) -> Tensor:
+    """``bias`` with neighbouring entries adjacent in memory, or, for a kernel that reads none, any tensor."""
+    return other if bias is None else bias.contiguous()
+
+
 def _vectors(x: Tensor) -> Tensor:
     """[B, 1, D], possibly cut out of a wider tensor, with neighbouring columns adjacent in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -317,7 +322,7 @@ def _gated_modulated_norm(
     statistics = torch.empty(batch, length, 2, dtype=torch.float32, device=x.device)
     tiles, tokens = _tiles(x, "modulated_norm")
     wrap_triton(_forward_kernel)[(batch * tiles,)](
-        x, branch, x if bias is None else bias, gate, shift, scale, out, total, statistics, length, tiles, tokens,
+        x, branch, _or_any(bias, x), gate, shift, scale, out, total, statistics, length, tiles, tokens,
         gate.stride(0), shift.stride(0), scale.stride(0), eps,
         D=dim, GATED=True, BIASED=bias is not None, NORM=True, **tile(dim, "modulated_norm"),
     )  # fmt: skip
@@ -331,7 +336,7 @@ def _gated_residual(x: Tensor, gate: Tensor, branch: Tensor, bias: Tensor | None
     total = _empty(x, gate, branch)
     tiles, tokens = _tiles(x, "modulated_norm")
     wrap_triton(_forward_kernel)[(batch * tiles,)](
-        x, branch, x if bias is None else bias, gate, gate, gate, x, total, x, length, tiles, tokens,
+        x, branch, _or_any(bias, x), gate, gate, gate, x, total, x, length, tiles, tokens,
         gate.stride(0), 0, 0, 0.0,
         D=dim, GATED=True, BIASED=bias is not None, NORM=False, **tile(dim, "modulated_norm"),
     )  # fmt: skip
@@ -376,7 +381,7 @@ def _gated_modulated_norm_backward(
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=total.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
-        grad, grad_sum, total, branch, total if bias is None else bias, gate, scale, statistics, grad_total, grad_branch, partial,
+        grad, grad_sum, total, branch, _or_any(bias, total), gate, scale, statistics, grad_total, grad_branch, partial,
         length, tiles, tokens, gate.stride(0), scale.stride(0),
         D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=True, **_backward_tile(dim),
     )  # fmt: skip
@@ -392,7 +397,7 @@ def _gated_residual_backward(grad: Tensor, gate: Tensor, branch: Tensor, bias: T
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=branch.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
-        grad, grad, grad, branch, branch if bias is None else bias, gate, gate, grad, grad, grad_branch, partial,
+        grad, grad, grad, branch, _or_any(bias, branch), gate, gate, grad, grad, grad_branch, partial,
         length, tiles, tokens, gate.stride(0), 0,
         D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=False, **_backward_tile(dim),
     )  # fmt: skip
