@@ -72,8 +72,12 @@ def cases() -> Iterator[Case]:
         yield Case(
             "modulated_norm of sum", f"{batch}x256x1152", 10 * size,
             [_randn(*shape), gate, _randn(*shape), shift, scale, _randn(1152)],
-            lambda x, gate, branch, *rest: gated_modulated_norm(x, gate, branch, *rest[:2], EPS, rest[2], backend="triton"),
-            lambda x, gate, branch, *rest: gated_modulated_norm(x, gate, branch, *rest[:2], EPS, rest[2], backend="torch"),
+            lambda x, gate, branch, shift, scale, bias: gated_modulated_norm(
+                x, gate, branch, shift, scale, EPS, bias, backend="triton"
+            ),
+            lambda x, gate, branch, shift, scale, bias: gated_modulated_norm(
+                x, gate, branch, shift, scale, EPS, bias, backend="torch"
+            ),
         )  # fmt: skip
         yield Case(
             "gated sum", f"{batch}x256x1152", 6 * size, [_randn(*shape), gate, _randn(*shape), _randn(1152)],
