@@ -15,7 +15,7 @@ from torch import Tensor
 from l3m_like.kernels import launch
 from l3m_like.kernels.gelu import _bias_gelu
 from l3m_like.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from l3m_like.kernels.modulated_norm import gated_modulated_norm, modulated_norm
+from l3m_like.kernels.modulated_norm import gated_modulated_norm, gated_residual, modulated_norm_and_residual
 from l3m_like.kernels.rms_norm import rms_norm
 from l3m_like.kernels.rope import qk_norm_rope
 from l3m_like.kernels.swiglu import swiglu
@@ -63,16 +63,26 @@ def cases() -> Iterator[Case]:
     for batch in (64, 256):
         shape = (batch, 256, 1152)
         size = batch * 256 * 1152 * 2
-        vectors = [_randn(batch, 1, 1152) for _ in range(3)]
+        shift, scale, gate = (_randn(batch, 1, 1152) for _ in range(3))
         yield Case(
-            "modulated_norm", f"{batch}x256x1152", 5 * size, [_randn(*shape), *vectors[:2]],
-            lambda x, shift, scale: modulated_norm(x, shift, scale, EPS, backend="triton"),
-            lambda x, shift, scale: modulated_norm(x, shift, scale, EPS, backend="torch"),
+            "modulated_norm", f"{batch}x256x1152", 6 * size, [_randn(*shape), shift, scale],
+            lambda x, shift, scale: modulated_norm_and_residual(x, shift, scale, EPS, backend="triton"),
+            lambda x, shift, scale: modulated_norm_and_residual(x, shift, scale, EPS, backend="torch"),
         )  # fmt: skip
         yield Case(
-            "modulated_norm of sum", f"{batch}x256x1152", 10 * size, [_randn(*shape), vectors[2], _randn(*shape), *vectors[:2]],
-            lambda x, gate, branch, shift, scale: gated_modulated_norm(x, gate, branch, shift, scale, EPS, backend="triton"),
-            lambda x, gate, branch, shift, scale: gated_modulated_norm(x, gate, branch, shift, scale, EPS, backend="torch"),
+            "modulated_norm of sum", f"{batch}x256x1152", 10 * size,
+            [_randn(*shape), gate, _randn(*shape), shift, scale, _randn(1152)],
+            lambda x, gate, branch, shift, scale, bias: gated_modulated_norm(
+                x, gate, branch, shift, scale, EPS, bias, backend="triton"
+            ),
+            lambda x, gate, branch, shift, scale, bias: gated_modulated_norm(
+                x, gate, branch, shift, scale, EPS, bias, backend="torch"
+            ),
+        )  # fmt: skip
+        yield Case(
+            "gated sum", f"{batch}x256x1152", 6 * size, [_randn(*shape), gate, _randn(*shape), _randn(1152)],
+            lambda x, gate, branch, bias: gated_residual(x, gate, branch, bias, backend="triton"),
+            lambda x, gate, branch, bias: gated_residual(x, gate, branch, bias, backend="torch"),
         )  # fmt: skip
     q, k = _randn(8, 4096, 16, 128), _randn(8, 4096, 8, 128)
     tables = [torch.randn(1, 4096, 128, device="cuda") for _ in range(2)]

@@ -49,12 +49,23 @@ compiler_config.cache_key_tag += hashlib.sha1(
 def triton_op(name: str, *, mutates_args: tuple[str, ...]) -> Callable[[Callable[..., Any]], Any]:
     """``torch.library.triton_op`` where kernels run. To define one imports torch's compiler, which takes seconds; elsewhere only
     shapes are wanted, and the operation is a plain function of autograd."""
+    if INTERPRETED:
+        return functools.partial(_interpreted_op, name, mutates_args)
     return torch.library.triton_op(name, mutates_args=mutates_args) if _RUNS else _ShapesOnly
 
 
+def _interpreted_op(name: str, mutates_args: tuple[str, ...], run: Callable[..., Any]) -> Any:
+    """To torch.compile, which cannot look into a kernel that runs in Python, it is one operation."""
+    op = torch.library.custom_op(name, run, mutates_args=mutates_args)
+    op.register_fake(run)
+    return op
+
+
 def wrap_triton(kernel: Any) -> Any:
-    """``torch.library.wrap_triton`` where kernels run, else a launch that does nothing."""
-    return torch.library.wrap_triton(kernel) if _RUNS else defaultdict(lambda: lambda *args, **kwargs: None)
+    """``torch.library.wrap_triton`` where kernels run, else a launch that does nothing; so it is without data to run on."""
+    if INTERPRETED and torch._guards.detect_fake_mode() is None:
+        return kernel
+    return torch.library.wrap_triton(kernel) if _RUNS and not INTERPRETED else defaultdict(lambda: lambda *args, **kwargs: None)
 
 
 class _ShapesOnly:

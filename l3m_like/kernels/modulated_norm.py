@@ -4,6 +4,9 @@
 of its own. Here the gradients of shift, scale and gate are sums over the tokens of a row, which the Triton backward takes in the
 same pass that computes the gradients of the tokens: a program has one tile of tokens of one row and writes its partial sums.
 The forward keeps each token's mean and inverse deviation for it. The Triton kernels compute in float32 and round once.
+
+Two more passes over memory are saved. Where x goes on as the residual stream, the backward adds the gradient that comes back from
+there. And ``bias`` [D], of the linear map that gives ``branch``, is added here, so that its gradient is one more of the sums.
 """
 
 from __future__ import annotations
@@ -41,21 +44,48 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, backe
     return modulated_norm_reference(x, shift, scale, eps)
 
 
-def gated_modulated_norm(
-    x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, eps: float, *, backend: str = "auto"
+def modulated_norm_and_residual(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """``(modulated norm of x + gate * branch, x + gate * branch)``, each [B, S, D]."""
-    if _use_triton(backend, x, gate, shift, scale) and branch.shape == x.shape:
-        return _gated_modulated_norm(x, gate, branch, shift, scale, eps)[:2]
-    x = x + gate * branch
+    """``(modulated norm of x, x)``, each [B, S, D]; the second is for the residual stream."""
+    if _use_triton(backend, x, shift, scale):
+        return _NormAndResidual.apply(x, shift, scale, eps)
     return modulated_norm_reference(x, shift, scale, eps), x
 
 
-def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, *, backend: str = "auto") -> Tensor:
-    """``x + gate * branch`` [B, S, D]."""
+def gated_modulated_norm(
+    x: Tensor,
+    gate: Tensor,
+    branch: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``(modulated norm of x + gate * (branch + bias), x + gate * (branch + bias))``, each [B, S, D]."""
+    if _use_triton(backend, x, gate, shift, scale) and branch.shape == x.shape:
+        return _gated_modulated_norm(x, gate, branch, bias, shift, scale, eps)[:2]
+    x = gated_residual_reference(x, gate, branch, bias)
+    return modulated_norm_reference(x, shift, scale, eps), x
+
+
+def gated_residual_reference(x: Tensor, gate: Tensor, branch: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition."""
+    return x + gate * (branch if bias is None else branch + bias)
+
+
+def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """``x + gate * (branch + bias)`` [B, S, D]."""
     if _use_triton(backend, x, gate) and branch.shape == x.shape:
-        return _gated_residual(x, gate, branch)
-    return x + gate * branch
+        return _gated_residual(x, gate, branch, bias)
+    return gated_residual_reference(x, gate, branch, bias)
+
+
+def adds_bias(x: Tensor, gate: Tensor, *, backend: str = "auto") -> bool:
+    """Whether the gated forms add a bias in the pass that they make anyway; else it is better left to the linear map."""
+    return _use_triton(backend, x, gate)
 
 
 def _use_triton(backend: str, x: Tensor, *modulation: Tensor) -> bool:
@@ -76,6 +106,7 @@ def _over_rows(x):  # type: ignore[no-untyped-def]
 def _forward_kernel(
     x_ptr,
     branch_ptr,
+    bias_ptr,
     gate_ptr,
     shift_ptr,
     scale_ptr,
@@ -91,6 +122,7 @@ def _forward_kernel(
     eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     D: tl.constexpr,
     GATED: tl.constexpr,
+    BIASED: tl.constexpr,
     NORM: tl.constexpr,
     HEAD: tl.constexpr,
     REST: tl.constexpr,
@@ -102,6 +134,8 @@ def _forward_kernel(
     always = tl.full([1, 1], True, tl.int1)
     if GATED:
         gate0, gate1 = load_row(gate_ptr, row * gate_stride, always, D, HEAD, REST)
+    if BIASED:
+        bias0, bias1 = load_row(bias_ptr, 0, always, D, HEAD, REST)
     if NORM:
         shift0, shift1 = load_row(shift_ptr, row * shift_stride, always, D, HEAD, REST)
         scale0, scale1 = load_row(scale_ptr, row * scale_stride, always, D, HEAD, REST)
@@ -113,6 +147,9 @@ def _forward_kernel(
         x0, x1 = load_row(x_ptr, token * D, inside, D, HEAD, REST)
         if GATED:
             branch0, branch1 = load_row(branch_ptr, token * D, inside, D, HEAD, REST)
+            if BIASED:
+                branch0 += bias0
+                branch1 += bias1
             dtype: tl.constexpr = sum_ptr.dtype.element_ty
             # the norm is of what is stored
             x0 = (x0 + gate0 * branch0).to(dtype).to(tl.float32)
@@ -136,6 +173,7 @@ def _backward_kernel(
     grad_sum_ptr,
     x_ptr,
     branch_ptr,
+    bias_ptr,
     gate_ptr,
     scale_ptr,
     statistics_ptr,
@@ -148,7 +186,9 @@ def _backward_kernel(
     gate_stride,
     scale_stride,
     D: tl.constexpr,
-    GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,  # a gradient of the residual stream comes in
+    GATED: tl.constexpr,  # after a gated sum, which has that gradient
+    BIASED: tl.constexpr,
     NORM: tl.constexpr,
     HEAD: tl.constexpr,
     REST: tl.constexpr,
@@ -162,6 +202,8 @@ def _backward_kernel(
     if GATED:
         gate0, gate1 = load_row(gate_ptr, row * gate_stride, always, D, HEAD, REST)
         of_gate0, of_gate1 = tl.zeros([ROWS, HEAD], tl.float32), tl.zeros([ROWS, REST], tl.float32)
+    if BIASED:
+        total0, total1 = tl.zeros([ROWS, HEAD], tl.float32), tl.zeros([ROWS, REST], tl.float32)
     if NORM:
         scale0, scale1 = load_row(scale_ptr, row * scale_stride, always, D, HEAD, REST)
         of_shift0, of_shift1 = tl.zeros([ROWS, HEAD], tl.float32), tl.zeros([ROWS, REST], tl.float32)
@@ -173,6 +215,7 @@ def _backward_kernel(
         # all loads before the sums over a token, which make the warps wait for each other
         if GATED:
             branch0, branch1 = load_row(branch_ptr, token * D, inside, D, HEAD, REST)
+        if RESIDUAL:
             grad_x0, grad_x1 = load_row(grad_sum_ptr, token * D, inside, D, HEAD, REST)
         if NORM:
             x0, x1 = load_row(x_ptr, token * D, inside, D, HEAD, REST)
@@ -191,7 +234,7 @@ def _backward_kernel(
             sum1, along1 = sum_row(grad1, grad1 * x1)
             mean = (sum0 + sum1) / D
             along = (along0 + along1) / D
-            if GATED:
+            if RESIDUAL:
                 grad_x0 += inverse * (grad0 - mean - x0 * along)
                 grad_x1 += inverse * (grad1 - mean - x1 * along)
             else:
@@ -201,13 +244,24 @@ def _backward_kernel(
         if GATED:
             of_gate0 += grad_x0 * branch0
             of_gate1 += grad_x1 * branch1
+            if BIASED:
+                total0 += grad_x0
+                total1 += grad_x1
             store_row(grad_branch_ptr, token * D, inside, grad_x0 * gate0, grad_x1 * gate1, D, HEAD, REST)
-    partial = program * (3 * D)  # [B, tiles, (shift, scale, gate), D]
+    partial = program * (4 * D)  # [B, tiles, (shift, scale, gate, bias), D]
     if NORM:
         store_row(partial_ptr, partial, always, _over_rows(of_shift0), _over_rows(of_shift1), D, HEAD, REST)
         store_row(partial_ptr, partial + D, always, _over_rows(of_scale0), _over_rows(of_scale1), D, HEAD, REST)
     if GATED:
-        store_row(partial_ptr, partial + 2 * D, always, _over_rows(of_gate0), _over_rows(of_gate1), D, HEAD, REST)
+        of_gate0, of_gate1 = _over_rows(of_gate0), _over_rows(of_gate1)
+        if BIASED:
+            # the bias and the gate are those of every token: neither takes part in the sums
+            bias0, bias1 = load_row(bias_ptr, 0, always, D, HEAD, REST)
+            total0, total1 = _over_rows(total0), _over_rows(total1)
+            of_gate0 += total0 * bias0
+            of_gate1 += total1 * bias1
+            store_row(partial_ptr, partial + 3 * D, always, total0 * gate0, total1 * gate1, D, HEAD, REST)
+        store_row(partial_ptr, partial + 2 * D, always, of_gate0, of_gate1, D, HEAD, REST)
 
 
 def _tiles(x: Tensor, kernel: str) -> tuple[int, int]:
@@ -230,6 +284,11 @@ def _empty(x: Tensor, *others: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
+def _or_any(bias: Tensor | None, other: Tensor) -> Tensor:
+    """``bias`` with neighbouring entries adjacent in memory, or, for a kernel that reads none, any tensor."""
+    return other if bias is None else bias.contiguous()
+
+
 def _vectors(x: Tensor) -> Tensor:
     """[B, 1, D], possibly cut out of a wider tensor, with neighbouring columns adjacent in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -244,15 +303,15 @@ def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tupl
     statistics = torch.empty(batch, length, 2, dtype=torch.float32, device=x.device)
     tiles, tokens = _tiles(x, "modulated_norm")
     wrap_triton(_forward_kernel)[(batch * tiles,)](
-        x, x, shift, shift, scale, out, x, statistics, length, tiles, tokens,
-        0, shift.stride(0), scale.stride(0), eps, D=dim, GATED=False, NORM=True, **tile(dim, "modulated_norm"),
+        x, x, x, shift, shift, scale, out, x, statistics, length, tiles, tokens,
+        0, shift.stride(0), scale.stride(0), eps, D=dim, GATED=False, BIASED=False, NORM=True, **tile(dim, "modulated_norm"),
     )  # fmt: skip
     return out, statistics
 
 
 @triton_op("l3m_like::gated_modulated_norm", mutates_args=())
 def _gated_modulated_norm(
-    x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, gate: Tensor, branch: Tensor, bias: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm, the sum, and each token's mean and inverse deviation [B, S, 2] float32."""
     x, branch = x.contiguous(), branch.contiguous()
@@ -263,72 +322,86 @@ def _gated_modulated_norm(
     statistics = torch.empty(batch, length, 2, dtype=torch.float32, device=x.device)
     tiles, tokens = _tiles(x, "modulated_norm")
     wrap_triton(_forward_kernel)[(batch * tiles,)](
-        x, branch, gate, shift, scale, out, total, statistics, length, tiles, tokens,
-        gate.stride(0), shift.stride(0), scale.stride(0), eps, D=dim, GATED=True, NORM=True, **tile(dim, "modulated_norm"),
+        x, branch, _or_any(bias, x), gate, shift, scale, out, total, statistics, length, tiles, tokens,
+        gate.stride(0), shift.stride(0), scale.stride(0), eps,
+        D=dim, GATED=True, BIASED=bias is not None, NORM=True, **tile(dim, "modulated_norm"),
     )  # fmt: skip
     return out, total, statistics
 
 
 @triton_op("l3m_like::gated_residual", mutates_args=())
-def _gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+def _gated_residual(x: Tensor, gate: Tensor, branch: Tensor, bias: Tensor | None) -> Tensor:
     x, branch, gate = x.contiguous(), branch.contiguous(), _vectors(gate)
     batch, length, dim = x.shape
     total = _empty(x, gate, branch)
     tiles, tokens = _tiles(x, "modulated_norm")
     wrap_triton(_forward_kernel)[(batch * tiles,)](
-        x, branch, gate, gate, gate, x, total, x, length, tiles, tokens,
-        gate.stride(0), 0, 0, 0.0, D=dim, GATED=True, NORM=False, **tile(dim, "modulated_norm"),
+        x, branch, _or_any(bias, x), gate, gate, gate, x, total, x, length, tiles, tokens,
+        gate.stride(0), 0, 0, 0.0,
+        D=dim, GATED=True, BIASED=bias is not None, NORM=False, **tile(dim, "modulated_norm"),
     )  # fmt: skip
     return total
 
 
 @triton_op("l3m_like::modulated_norm_backward", mutates_args=())
-def _modulated_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x, and [B, 2, D] float32: of shift and scale."""
+def _modulated_norm_backward(
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, scale: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, with ``grad_sum`` [B, S, D] from the residual stream added, and [B, 2, D] float32: of shift and scale."""
     x, grad, scale = x.contiguous(), grad.contiguous(), _vectors(scale)
+    residual = grad if grad_sum is None else grad_sum.contiguous()
     batch, length, dim = x.shape
     tiles, tokens = _tiles(x, "modulated_norm_backward")
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partial = torch.empty(batch, tiles, 3, dim, dtype=torch.float32, device=x.device)
+    partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=x.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
-        grad, grad, x, x, scale, scale, statistics, grad_x, x, partial, length, tiles, tokens,
-        0, scale.stride(0), D=dim, GATED=False, NORM=True, **_backward_tile(dim),
+        grad, residual, x, x, x, scale, scale, statistics, grad_x, x, partial, length, tiles, tokens, 0, scale.stride(0),
+        D=dim, RESIDUAL=grad_sum is not None, GATED=False, BIASED=False, NORM=True, **_backward_tile(dim),
     )  # fmt: skip
     return grad_x, partial[:, :, :2].sum(1)
 
 
 @triton_op("l3m_like::gated_modulated_norm_backward", mutates_args=())
 def _gated_modulated_norm_backward(
-    grad: Tensor, grad_sum: Tensor, total: Tensor, gate: Tensor, branch: Tensor, scale: Tensor, statistics: Tensor
+    grad: Tensor,
+    grad_sum: Tensor,
+    total: Tensor,
+    gate: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    statistics: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``total`` = x + gate * branch and of branch, and [B, 3, D] float32: of shift, scale and gate."""
+    """Gradients of the sum ``total`` and of branch, and [B, 3 or 4, D] float32: of shift, scale, gate and, row by row, bias."""
     total, branch, grad, grad_sum = total.contiguous(), branch.contiguous(), grad.contiguous(), grad_sum.contiguous()
     gate, scale = _vectors(gate), _vectors(scale)
     batch, length, dim = total.shape
     tiles, tokens = _tiles(total, "modulated_norm_backward")
     grad_total = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
-    partial = torch.empty(batch, tiles, 3, dim, dtype=torch.float32, device=total.device)
+    partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=total.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
-        grad, grad_sum, total, branch, gate, scale, statistics, grad_total, grad_branch, partial, length, tiles, tokens,
-        gate.stride(0), scale.stride(0), D=dim, GATED=True, NORM=True, **_backward_tile(dim),
+        grad, grad_sum, total, branch, _or_any(bias, total), gate, scale, statistics, grad_total, grad_branch, partial,
+        length, tiles, tokens, gate.stride(0), scale.stride(0),
+        D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=True, **_backward_tile(dim),
     )  # fmt: skip
-    return grad_total, grad_branch, partial.sum(1)
+    return grad_total, grad_branch, partial[:, :, : 3 if bias is None else 4].sum(1)
 
 
 @triton_op("l3m_like::gated_residual_backward", mutates_args=())
-def _gated_residual_backward(grad: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of branch and, [B, 1, D] float32, of gate; that of x is ``grad`` itself."""
+def _gated_residual_backward(grad: Tensor, gate: Tensor, branch: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of branch and, [B, 1 or 2, D] float32, of gate and, row by row, bias; that of x is ``grad`` itself."""
     grad, branch, gate = grad.contiguous(), branch.contiguous(), _vectors(gate)
     batch, length, dim = branch.shape
     tiles, tokens = _tiles(branch, "modulated_norm_backward")
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
-    partial = torch.empty(batch, tiles, 3, dim, dtype=torch.float32, device=branch.device)
+    partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=branch.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
-        grad, grad, grad, branch, gate, gate, grad, grad, grad_branch, partial, length, tiles, tokens,
-        gate.stride(0), 0, D=dim, GATED=True, NORM=False, **_backward_tile(dim),
+        grad, grad, grad, branch, _or_any(bias, branch), gate, gate, grad, grad, grad_branch, partial,
+        length, tiles, tokens, gate.stride(0), 0,
+        D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=False, **_backward_tile(dim),
     )  # fmt: skip
-    return grad_branch, partial[:, :, 2:].sum(1)
+    return grad_branch, partial[:, :, 2 : 3 if bias is None else 4].sum(1)
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------------
@@ -343,43 +416,63 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, grad, None)
+
+
+def _gradients(ctx: Any, grad: Tensor, grad_sum: Tensor | None) -> tuple[Tensor | None, ...]:
     x, scale, statistics = ctx.saved_tensors
-    grad_x, sums = _modulated_norm_backward(grad, x, scale, statistics)
+    grad_x, sums = _modulated_norm_backward(grad, grad_sum, x, scale, statistics)
     return grad_x, sums[:, 0:1].to(ctx.shift_dtype), sums[:, 1:2].to(scale.dtype), None
 
 
+class _NormAndResidual(torch.autograd.Function):
+    """Around the operation, which cannot return its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, statistics = _modulated_norm(x, shift, scale, eps)
+        ctx.shift_dtype = shift.dtype
+        ctx.save_for_backward(x, scale, statistics)
+        return out, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad, grad_sum)
+
+
 def _setup_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, gate, branch, shift, scale, _ = inputs
+    x, gate, branch, bias, shift, scale, _ = inputs
     _, total, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.x_dtype, ctx.shift_dtype = x.dtype, shift.dtype
-    ctx.save_for_backward(total, gate, branch, scale, statistics)
+    ctx.save_for_backward(total, gate, branch, bias, scale, statistics)
 
 
 def _backward_gated(ctx: Any, grad: Tensor, grad_sum: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    total, gate, branch, scale, statistics = ctx.saved_tensors
-    grad_x, grad_branch, sums = _gated_modulated_norm_backward(grad, grad_sum, total, gate, branch, scale, statistics)
-    of_shift, of_scale, of_gate = sums.split(1, dim=1)
+    total, gate, branch, bias, scale, statistics = ctx.saved_tensors
+    grad_x, grad_branch, sums = _gated_modulated_norm_backward(grad, grad_sum, total, gate, branch, bias, scale, statistics)
     return (
         grad_x.to(ctx.x_dtype),
-        of_gate.to(gate.dtype),
+        sums[:, 2:3].to(gate.dtype),
         grad_branch,
-        of_shift.to(ctx.shift_dtype),
-        of_scale.to(scale.dtype),
+        None if bias is None else sums[:, 3].sum(0).to(bias.dtype),
+        sums[:, 0:1].to(ctx.shift_dtype),
+        sums[:, 1:2].to(scale.dtype),
         None,
     )
 
 
 def _setup_residual(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, gate, branch = inputs
+    x, gate, branch, bias = inputs
     ctx.x_dtype = x.dtype
-    ctx.save_for_backward(gate, branch)
+    ctx.save_for_backward(gate, branch, bias)
 
 
-def _backward_residual(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    gate, branch = ctx.saved_tensors
-    grad_branch, grad_gate = _gated_residual_backward(grad, gate, branch)
-    return grad.to(ctx.x_dtype), grad_gate.to(gate.dtype), grad_branch
+def _backward_residual(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gate, branch, bias = ctx.saved_tensors
+    grad_branch, sums = _gated_residual_backward(grad, gate, branch, bias)
+    of_bias = None if bias is None else sums[:, 1].sum(0).to(bias.dtype)
+    return grad.to(ctx.x_dtype), sums[:, 0:1].to(gate.dtype), grad_branch, of_bias
 
 
 _modulated_norm.register_autograd(_backward, setup_context=_setup)

@@ -285,16 +285,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) short_attention_backwar
           product_32(p[m], columns(mine + TILE + m * 1024, TILE_CHUNK, k, zeros), columns(stage + STEP_TILE, STEP_CHUNK, k, zeros), k > 0);
         products_end();
       };
+      float of_queries[4][2];  // the logarithms, then delta: read while products are under way
+      auto read_queries = [&](int from) {
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+          read_shared_2f(of_queries[n][0], of_queries[n][1], stage + 3 * STEP_TILE + from * STEP * 4 + (n * 8 + lane % 4 * 2) * 4);
+      };
       auto weights = [&](int m) {
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-          float a, b;
-          read_shared_2f(a, b, stage + 3 * STEP_TILE + (n * 8 + lane % 4 * 2) * 4);
+          float a = of_queries[n][0] * LOG2_E, b = of_queries[n][1] * LOG2_E;
 #pragma unroll
           for (int half = 0; half < 2; half++) {
             float &one = s[m][4 * n + 2 * half], &two = s[m][4 * n + 2 * half + 1];
-            one = power_of_2(one * to_two - a * LOG2_E);
-            two = power_of_2(two * to_two - b * LOG2_E);
+            one = power_of_2(one * to_two - a);
+            two = power_of_2(two * to_two - b);
             if (!EVEN) {  // of what is not there: infinite, perhaps
               int place = step * STEP + n * 8 + lane % 4 * 2, key = key_of(m, half);
               if (place >= length || key >= length) one = 0;
@@ -307,8 +312,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) short_attention_backwar
       auto d_scores = [&](int m) {
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-          float a, b;
-          read_shared_2f(a, b, stage + 3 * STEP_TILE + STEP * 4 + (n * 8 + lane % 4 * 2) * 4);
+          float a = of_queries[n][0], b = of_queries[n][1];
 #pragma unroll
           for (int half = 0; half < 2; half++) {
             y[m][n][half] = packed(s[m][4 * n + 2 * half] * (p[m][4 * n + 2 * half] - a),
@@ -332,12 +336,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) short_attention_backwar
       find_scores(0);
       find_scores(1);
       find_d_weights(0);
+      read_queries(0);
       products_wait<2>();
       weights(0);
       products_begin();
       add_values(0);
       products_wait<2>();
       weights(1);
+      read_queries(1);
       products_wait<1>();
       if (number % 2 == 0 && number > 0 && number / 2 % 2 == group) meet<256>(4 + group);  // the other has read the last scores
       d_scores(0);

@@ -1,9 +1,9 @@
 """Attention of every query to every key of its row, for rows of at most 256 places: images in patches and latents.
 
-q, k and v are [B, S, H, K], K 64 or 72, fp16 or bf16, on Hopper. The forward is cuDNN's. Its backward takes three kernels for short
-rows, adds gradients of queries up in float32 in no fixed order and, for heads of 72, computes as for 128 columns; ours is one, in
-CUDA C++ (``short_attention.cu``: 72 is no power of two, as Triton would have it), and repeats its bits. It also writes the three
-gradients as one tensor: where q, k and v are cut from one product (``joint_short_attention``), nobody has to join them again.
+q, k and v are [B, S, H, K], K 64 or 72, fp16 or bf16, on Hopper. The forward is cuDNN's. Its backward takes three kernels for
+short rows, adds gradients of queries up in float32 in no fixed order and, for heads of 72, computes as for 128 columns; ours is
+one, in CUDA C++ (``short_attention.cu``: 72 is no power of two, as Triton would have it), and repeats its bits. It also writes the
+three gradients as one tensor: where q, k and v are cut from one product (``joint_short_attention``), nobody has to join them again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def _product(name: str, columns: int, kind: str, *, registers: bool = False, tra
     places = ",".join(f"%{i}" for i in range(sums))
     outputs = ",".join(f'"+f"(c[{i}])' for i in range(sums))
     if registers:
-        first, taken, given = "{" + ",".join(f"%{sums + i}" for i in range(4)) + "}", 4, ",".join(f'"r"(a[{i}])' for i in range(4))
+        first, taken = "{" + ",".join(f"%{sums + i}" for i in range(4)) + "}", 4
+        given = ",".join(f'"r"(a[{i}])' for i in range(4))
         flags = f"1, 1, {transposed[1]}"
     else:
         first, taken, given = f"%{sums}", 1, '"l"(a)'

@@ -15,7 +15,7 @@ from l3m_like.kernels.rope import norm_rope, qk_norm_rope
 from l3m_like.kernels.select import selected
 from l3m_like.kernels.short_attention import joint_short_attention
 from l3m_like.layers.cache import LayerCache
-from l3m_like.layers.linear import joined_output, joins, joint_linear
+from l3m_like.layers.linear import joined_output, joins, joint_linear, linear
 from l3m_like.layers.norm import RMSNorm
 
 
@@ -46,6 +46,8 @@ class Attention(nn.Module):
 
     #: linear layers that are computed as one
     joint: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"),)
+    #: its bias can be left to the caller
+    last = "out_proj"
 
     k_proj: nn.Linear | None
     v_proj: nn.Linear | None
@@ -106,10 +108,16 @@ class Attention(nn.Module):
         mask: LoweredMask | None = None,
         cache: LayerCache | None = None,
         kv: tuple[Tensor, Tensor] | None = None,
+        *,
+        biased: bool = True,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, S, D]; rope (cos, sin) each [B or 1, S, K]; mask lowered for this layer (None: full, without a window); with a
-        cache, the mask covers all keys in it; kv: what the layer gave that these queries share keys and values with."""
+        cache, the mask covers all keys in it; kv: what the layer gave that these queries share keys and values with. Not
+        ``biased``: without the bias of ``out_proj``, which the caller adds (``bias_apart``)."""
         x = x.to(self.q_proj.weight.dtype)
+        if mask is not None and mask.backend == "short" and rope is cache is None and self._joined_heads(x):
+            heads = joined_output(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (3, -1, self.head_dim))
+            return linear(joint_short_attention(heads).flatten(2), self.out_proj, biased=biased)
         cos, sin = (None, None) if rope is None else rope
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
         # -1, not num_heads: under tensor parallelism a projection returns this rank's heads
@@ -127,8 +135,14 @@ class Attention(nn.Module):
             q = q * self.query_factor
         if cache is not None:
             k, v = cache.append(k, v)
-        out = self.out_proj(attention(q, k, v, mask).flatten(2))
+        out = linear(attention(q, k, v, mask).flatten(2), self.out_proj, biased=biased)
         return (out, (k, v)) if self.gives_kv else out
+
+    def _joined_heads(self, x: Tensor) -> bool:
+        """Whether attention is of queries, keys and values as they come out of one product."""
+        if self.k_proj is None or self.v_proj is None or self.gives_kv or self.q_norm is not None or self.query_factor != 1:
+            return False
+        return joins(x, self.q_proj, self.k_proj, self.v_proj)
 
     def _ordered(self, heads: Tensor) -> Tensor:
         """Queries or keys [B, S, H, K] in the order that the rotation takes: scores do not change when both are reordered."""

@@ -46,6 +46,20 @@ def is_ordinary(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and not isinstance(layer.weight, DTensor) and not hooked
 
 
+def linear(x: Tensor, layer: nn.Linear, *, biased: bool = True) -> Tensor:
+    """``layer(x)``; if it is not ``biased``, which an ordinary layer need not be, without its bias."""
+    return layer(x) if biased else F.linear(x, layer.weight)
+
+
+def bias_apart(part: Any, *args: Any) -> tuple[Any, Tensor | None]:
+    """What ``part`` returns for ``args``, and the bias [D] that its caller must add to it: that of its last linear layer
+    (``part.last``, by name), if the layer is an ordinary one; else None, and nothing is left to add."""
+    last = getattr(part, part.last) if hasattr(part, "last") else None
+    if last is None or last.bias is None or not is_ordinary(last):
+        return part(*args), None
+    return part(*args, biased=False), last.bias
+
+
 class _Joint(torch.autograd.Function):
     """The product with the joined weights. A copy that joins them is made again in the backward pass: kept, it would hold memory
     that FSDP frees after the forward of a unit."""

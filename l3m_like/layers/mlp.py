@@ -13,7 +13,7 @@ from l3m_like.core.init import Init, Normal, Zeros
 from l3m_like.kernels.gelu import linear_gelu
 from l3m_like.kernels.select import selected
 from l3m_like.kernels.swiglu import swiglu
-from l3m_like.layers.linear import is_ordinary, joint_linear
+from l3m_like.layers.linear import is_ordinary, joint_linear, linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -35,6 +35,8 @@ class SwiGLU(nn.Module):
 
     #: linear layers that are computed as one
     joint = (("gate", "up"),)
+    #: its bias can be left to the caller
+    last = "down"
 
     def __init__(self, dim: int, *, hidden_dim: int, bias: bool = False) -> None:
         super().__init__()
@@ -49,9 +51,10 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(dim, hidden_dim, bias=bias)
         self.down = nn.Linear(hidden_dim, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, biased: bool = True) -> Tensor:
+        """``biased=False``: as ``MLP.forward``."""
         x = x.to(self.up.weight.dtype)
-        return self.down(swiglu(*joint_linear(x, self.gate, self.up), backend=self.backend))
+        return linear(swiglu(*joint_linear(x, self.gate, self.up), backend=self.backend), self.down, biased=biased)
 
     def flops(self, tokens: int) -> int:
         return 6 * tokens * self.dim * self.hidden_dim
@@ -77,6 +80,9 @@ class MLP(nn.Module):
         bias: of both projections.
     """
 
+    #: its bias can be left to the caller
+    last = "down"
+
     def __init__(
         self, dim: int, *, ratio: float = 4.0, hidden_dim: int | None = None, activation: str = "gelu_tanh", bias: bool = True
     ) -> None:
@@ -94,12 +100,15 @@ class MLP(nn.Module):
         self.up = nn.Linear(dim, self.hidden_dim, bias=bias)
         self.down = nn.Linear(self.hidden_dim, dim, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, biased: bool = True) -> Tensor:
+        """``biased=False``: without the bias of ``down``, which the caller adds (``bias_apart``)."""
         x = x.to(self.up.weight.dtype)
         if self.activation in ("gelu", "gelu_tanh") and self.up.bias is not None and is_ordinary(self.up):
             tanh = self.activation == "gelu_tanh"
-            return self.down(linear_gelu(x, self.up.weight, self.up.bias, tanh=tanh, backend=self.backend))
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+            hidden = linear_gelu(x, self.up.weight, self.up.bias, tanh=tanh, backend=self.backend)
+        else:
+            hidden = ACTIVATIONS[self.activation](self.up(x))
+        return linear(hidden, self.down, biased=biased)
 
     def flops(self, tokens: int) -> int:
         return 4 * tokens * self.dim * self.hidden_dim

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.core.init import Init, Ones, Zeros
-from l3m_like.kernels.modulated_norm import gated_modulated_norm, modulated_norm
+from l3m_like.kernels.modulated_norm import (
+    gated_modulated_norm,
+    gated_residual_reference,
+    modulated_norm,
+    modulated_norm_and_residual,
+)
 from l3m_like.kernels.rms_norm import rms_norm
 from l3m_like.kernels.select import selected
 
@@ -43,9 +48,15 @@ class RMSNorm(nn.Module):
         """As ``LayerNorm.modulated``."""
         return self(x) * (1 + scale) + shift
 
-    def of_sum(self, x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def with_residual(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``LayerNorm.with_residual``."""
+        return self.modulated(x, shift, scale), x
+
+    def of_sum(
+        self, x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As ``LayerNorm.of_sum``."""
-        x = x + gate * branch
+        x = gated_residual_reference(x, gate, branch, bias)
         return self.modulated(x, shift, scale), x
 
 
@@ -63,9 +74,15 @@ class LayerNorm(nn.Module):
         """``norm(x) * (1 + scale) + shift``."""
         return modulated_norm(x, shift, scale, self.eps, backend=self.backend)
 
-    def of_sum(self, x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """``(modulated norm of x + gate * branch, x + gate * branch)``."""
-        return gated_modulated_norm(x, gate, branch, shift, scale, self.eps, backend=self.backend)
+    def with_residual(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """``(modulated norm of x, x)``: the second, for the residual stream, gives its gradient to the norm's backward."""
+        return modulated_norm_and_residual(x, shift, scale, self.eps, backend=self.backend)
+
+    def of_sum(
+        self, x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(modulated norm of the sum, sum)`` where the sum is ``x + gate * (branch + bias)``; bias [dim]."""
+        return gated_modulated_norm(x, gate, branch, shift, scale, self.eps, bias, backend=self.backend)
 
 
 class AffineLayerNorm(nn.Module):

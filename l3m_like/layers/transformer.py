@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, XavierUniform
 from l3m_like.kernels.attention import LoweredMask
-from l3m_like.kernels.modulated_norm import gated_residual
+from l3m_like.kernels.modulated_norm import adds_bias, gated_residual
 from l3m_like.kernels.select import selected
 from l3m_like.layers.cache import LayerCache
+from l3m_like.layers.linear import bias_apart
 from l3m_like.layers.modulation import Modulation
 from l3m_like.layers.moe import MoE
-from l3m_like.layers.norm import make_norm, norm_spec
+from l3m_like.layers.norm import LayerNorm, make_norm, norm_spec
 
 
 class TransformerLayer(nn.Module):
@@ -234,9 +235,14 @@ class DiTLayer(nn.Module):
     ) -> Tensor:
         """x [B, S, D], condition [B, D] or [B, S, D], rope and mask as ``Attention.forward`` takes them -> [B, S, D]."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)
-        mixed = self.mixer(self.norm_1.modulated(x, shift_1, scale_1), rope, mask)
-        normed, x = self.norm_2.of_sum(x, gate_1, mixed, shift_2, scale_2)
-        return gated_residual(x, gate_2, self.mlp(normed), backend=self.backend)
+        normed, x = self.norm_1.with_residual(x, shift_1, scale_1)
+        fused = adds_bias(x, gate_1, backend=self.backend)
+        # an RMSNorm has no kernel for the sum before it
+        apart = fused and isinstance(self.norm_2, LayerNorm)
+        mixed, bias = bias_apart(self.mixer, normed, rope, mask) if apart else (self.mixer(normed, rope, mask), None)
+        normed, x = self.norm_2.of_sum(x, gate_1, mixed, shift_2, scale_2, bias)
+        out, bias = bias_apart(self.mlp, normed) if fused else (self.mlp(normed), None)
+        return gated_residual(x, gate_2, out, bias, backend=self.backend)
 
     def flops(self, conditions: int, tokens: int, pairs: int) -> int:
         """Forward FLOPs; ``conditions``: how many vectors modulate."""

@@ -14,7 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from l3m_like.core.errors import UserError
 from l3m_like.kernels.gelu import linear_gelu
-from l3m_like.kernels.modulated_norm import gated_modulated_norm, gated_residual, modulated_norm
+from l3m_like.kernels.modulated_norm import (
+    gated_modulated_norm,
+    gated_residual,
+    modulated_norm,
+    modulated_norm_and_residual,
+)
 from l3m_like.kernels.rms_norm import rms_norm
 from l3m_like.kernels.rope import qk_norm_rope
 from l3m_like.kernels.select import AUTO, in_use, selecting
@@ -52,10 +57,10 @@ def of_fused(qkv: Tensor, *weights: Tensor, backend: str) -> Any:
     return rope_of(q.unflatten(-1, (4, 128)), k.unflatten(-1, (2, 128)), *weights, backend=backend)
 
 
-def modulated_of_one(x: Tensor, branch: Tensor, modulation: Tensor, *, backend: str) -> Any:
+def modulated_of_one(x: Tensor, branch: Tensor, modulation: Tensor, *bias: Tensor, backend: str) -> Any:
     """Vectors cut out of one tensor, as a layer does it."""
     gate, shift, scale = modulation.chunk(3, dim=-1)
-    return gated_modulated_norm(x, gate, branch, shift, scale, 1e-6, backend=backend)
+    return gated_modulated_norm(x, gate, branch, shift, scale, 1e-6, *bias, backend=backend)
 
 
 def norm_of_sum(x: Tensor, residual: Tensor, weight: Tensor, *, backend: str) -> Any:
@@ -71,9 +76,15 @@ OPS = {
         lambda x, shift, scale, *, backend: modulated_norm(x, shift, scale, 1e-6, backend=backend),
         [(9, 256, 1152), (9, 1, 1152), (9, 1, 1152)],
     ),
+    "modulated_norm_and_residual": Op(
+        lambda x, shift, scale, *, backend: modulated_norm_and_residual(x, shift, scale, 1e-6, backend=backend),
+        [(9, 256, 1152), (9, 1, 1152), (9, 1, 1152)],
+    ),
     "modulated_norm_of_sum": Op(modulated_of_one, [(9, 256, 1152), (9, 256, 1152), (9, 1, 3 * 1152)]),
+    "modulated_norm_of_biased_sum": Op(modulated_of_one, [(9, 256, 1152), (9, 256, 1152), (9, 1, 3 * 1152), (1152,)]),
     "modulated_norm_one_row": Op(modulated_of_one, [(1, 3001, 384), (1, 3001, 384), (1, 1, 3 * 384)]),
     "gated_residual": Op(gated_residual, [(9, 200, 1152), (9, 1, 1152), (9, 200, 1152)]),
+    "gated_residual_biased": Op(gated_residual, [(9, 200, 1152), (9, 1, 1152), (9, 200, 1152), (1152,)]),
     "norm_rope": Op(rope_of, [(2, 511, 16, 128), (2, 511, 8, 128), (128,), (128,)]),
     "norm_rope_odd": Op(rope_of, [(2, 301, 12, 72), (2, 301, 3, 72), (72,), (72,)]),
     "norm_rope_fused": Op(of_fused, [(2, 511, 8 * 128), (128,), (128,)]),
