@@ -301,7 +301,7 @@ class Kernels:
     attention: str = setting(
         "auto",
         "Attention.",
-        choices=("auto", "reference", "sdpa", "cudnn", "flash", "varlen", "flex", "flash_attn"),
+        choices=("auto", "reference", "sdpa", "cudnn", "short", "flash", "varlen", "flex", "flash_attn"),
     )
     linear_cross_entropy: str = setting(
         "auto", "The loss over the vocabulary, without all logits at once.", choices=("auto", "reference", "torch", "triton")

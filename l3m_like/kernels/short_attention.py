@@ -2,8 +2,8 @@
 
 q, k and v are [B, S, H, K], K 64 or 72, fp16 or bf16, on Hopper. The forward is cuDNN's. Its backward takes three kernels for
 short rows, adds gradients of queries up in float32 in no fixed order and, for heads of 72, computes as for 128 columns; ours is
-one, in CUDA C++ (``short_attention.cu``: 72 is no power of two, as Triton would have it), and repeats its bits. It also writes the
-three gradients as one tensor: where q, k and v are cut from one product (``joint_short_attention``), nobody has to join them again.
+one, in CUDA C++ (``short_attention.cu``: 72 is no power of two, as Triton would have it), and repeats its bits. It also writes
+the three gradients as one tensor: where q, k and v are cut from one product (``joint_short_attention``), nobody joins them again.
 """
 
 from __future__ import annotations

@@ -292,7 +292,8 @@ class LayerMasks:
         asked = getattr(layer.mixer, "backend", None)
         if asked is None:
             return self.mask
-        grouped = layer.mixer.num_heads != getattr(layer.mixer, "num_kv_heads", layer.mixer.num_heads)
+        heads = getattr(layer.mixer, "num_heads", None)
+        grouped = heads != getattr(layer.mixer, "num_kv_heads", heads)
         key = (asked, layer.mixer.window, layer.mixer.head_dim, grouped)
         if key not in self._made:
             mask = dataclasses.replace(self.mask, window=layer.mixer.window)
