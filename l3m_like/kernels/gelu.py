@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l3m_like.kernels.launch import jit, power_of_2, resident_programs, rows_of, tl, triton_op, use_triton, warps, wrap_triton
+from l3m_like.kernels.launch import (
+    jit,
+    logistic,
+    power_of_2,
+    resident_programs,
+    rows_of,
+    tl,
+    triton_op,
+    use_triton,
+    warps,
+    wrap_triton,
+)
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool) -> Tensor:
@@ -35,8 +46,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, tanh: bool, backend:
 def _gelu(x, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
     """The share of x that is its GELU, and x times that share's derivative."""
     if TANH:
-        share = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))  # 2 sqrt(2 / pi)
-        slope = x * share * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        square = x * x
+        share = logistic(x * (2.302208198144325 + 0.1029432395800235 * square))  # 2 sqrt(2 / pi) log2(e), and 0.044715 of it
+        of_x = x * share
+        slope = (of_x - of_x * share) * (1.5957691216057308 + 0.21406444881780073 * square)
     else:
         share = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         slope = x * 0.3989422804014327 * tl.exp(-0.5 * x * x)

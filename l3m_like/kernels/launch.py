@@ -125,6 +125,28 @@ def store_row(ptr, start, inside, first, second, D: tl.constexpr, HEAD: tl.const
     tl.store(ptr + start + rest, second.to(ptr.dtype.element_ty), mask=inside & (rest < D))
 
 
+if INTERPRETED:  # which knows no machine code
+
+    @jit
+    def logistic(x):  # type: ignore[no-untyped-def]
+        return 1.0 / (1.0 + tl.exp2(-x))
+
+else:
+
+    @jit
+    def logistic(x):  # type: ignore[no-untyped-def]
+        """``1 / (1 + 2^-x)`` in float32, to three units in the last place: three instructions, where exp and a division take 20,
+        which show where the clock is low."""
+        return tl.inline_asm_elementwise(
+            "{.reg .f32 e; neg.f32 e, $1; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e;}",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
 @jit
 def _add(a, b, c, d):  # type: ignore[no-untyped-def]
     return a + c, b + d

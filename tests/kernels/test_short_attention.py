@@ -1,0 +1,103 @@
+"""The CUDA kernel of short rows, on the CPU: ``cuda_on_cpu.cpp`` runs its blocks. (On a GPU: tests/gpu/test_attention.py.)"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from l3m_like.kernels import short_attention
+from l3m_like.kernels.attention import attention
+from l3m_like.kernels.short_attention import _gradients_like, macros, products, shared_bytes, source
+
+HERE = Path(__file__).parent
+HEADS = 3
+
+
+def gradients(folder: Path, qkv: Tensor, grad: Tensor, blocks: int, changed: Sequence[tuple[str, str]] = ()) -> Tensor:
+    """Of qkv [B, S, 3, H, K], by the kernel with some of its text changed."""
+    batch, length, _, heads, width = qkv.shape
+    text = source(width, qkv.dtype)
+    for before, after in changed:
+        assert before in text
+        text = text.replace(before, after)
+    (folder / "kernel.cu").write_text(text)
+    dense, cut = heads * width, 3 * heads * width
+    options = macros(length, width, qkv.dtype, (cut, cut, cut, dense, cut))
+    built = folder / "kernel.so"
+    command = ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", *options]
+    command += [f'-DSOURCE="{folder / "kernel.cu"}"', str(HERE / "cuda_on_cpu.cpp"), "-o", str(built)]
+    subprocess.run(command, check=True)
+
+    q, k, v = (x.transpose(1, 2).double() for x in qkv.unbind(2))
+    scores = q @ k.mT / math.sqrt(width)
+    out = (scores.softmax(-1) @ v).transpose(1, 2).to(qkv.dtype).contiguous()
+    sums = scores.logsumexp(-1).float().contiguous()
+    found = torch.full_like(qkv, math.nan)
+    tensors = [*qkv.unbind(2), out, grad, sums, *found.unbind(2)]
+    ctypes.CDLL(str(built)).run(blocks, *(ctypes.c_void_p(x.data_ptr()) for x in tensors), batch * heads, heads, length)
+    return found
+
+
+def exact(qkv: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    leaf = qkv.detach().to(dtype).requires_grad_()
+    return torch.autograd.grad(attention(*leaf.unbind(2)), leaf, grad.to(dtype))[0]
+
+
+def inputs(length: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    qkv = 1.5 * torch.randn(1, length, 3, HEADS, width, generator=generator)
+    return qkv.to(dtype), torch.randn(1, length, HEADS, width, generator=generator).to(dtype)
+
+
+def errors(found: Tensor, wanted: Tensor) -> list[float]:
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found.unbind(2), wanted.unbind(2), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "dtype", "blocks"),
+    [
+        (100, 72, torch.bfloat16, 1),  # a block has three heads: buffers are used again
+        pytest.param(256, 72, torch.bfloat16, 2, marks=pytest.mark.slow),
+        pytest.param(256, 64, torch.float16, 1, marks=pytest.mark.slow),
+        pytest.param(65, 64, torch.float16, 2, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_gradients(length: int, width: int, dtype: torch.dtype, blocks: int, tmp_path: Path) -> None:
+    """Their errors are at most twice those of torch's attention in the same dtype."""
+    qkv, grad = inputs(length, width, dtype)
+    wanted = exact(qkv, grad, torch.float64)
+    theirs = errors(exact(qkv, grad, dtype), wanted)
+    ours = errors(gradients(tmp_path, qkv, grad, blocks), wanted)
+    assert all(a <= 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("lane / 4; };", "lane / 4 + (m == 1); };"),  # a key's place
+        ("c, SCALE);", "c, 1.0f);"),  # the queries' scale
+        ("copies_wait<1>();", ""),  # a step is used before it is there
+    ],
+    ids=["place", "scale", "wait"],
+)
+def test_a_fault_is_seen(change: tuple[str, str], tmp_path: Path) -> None:
+    qkv, grad = inputs(100, 72, torch.bfloat16)
+    found = gradients(tmp_path, qkv, grad, 1, [change])
+    assert not all(error < 0.02 for error in errors(found, exact(qkv, grad, torch.float64)))
+
+
+def test_sizes() -> None:
+    assert shared_bytes(72) <= 227 * 1024  # of a block on Hopper
+    assert "m64n72k16.f32.bf16.bf16" in products(72, "bf16") and products(64, "f16").count("DEVICE") == 3
+    joint = torch.empty(2, 80, 3, 4, 64, device="meta")
+    assert _gradients_like(joint.select(2, 0)).shape == joint.shape
+    assert not short_attention.short_attention_takes(256, 72, torch.device("cpu"))
