@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import statistics
@@ -237,6 +238,7 @@ def test_offload_changes_no_bit_and_saves_memory(checkpoint: str, compiled: bool
     shared = ["deterministic=true", "parallel.precision=bf16", f"parallel.checkpoint={checkpoint}"]
     shared += [f"parallel.compile={compiled}"]
     for number, offload in enumerate(("null", "{smallest: 65536}")):
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         rows = rows_of(config("llm", tmp_path / str(number), *WIDE, *shared, f"parallel.offload={offload}"))
