@@ -14,6 +14,7 @@ A deep copy of the whole module makes copies of its own. One of a part of it kee
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any
@@ -111,8 +112,12 @@ def write_copies(masters: Iterable[Tensor]) -> None:
 
 
 def _hand_over_to(master: nn.Parameter) -> Callable[[Tensor], None]:
+    # the master holds its copy, whose hooks lie where no garbage collector looks: held by them, it would never be freed
+    weak = weakref.ref(master)
+
     def hand_over(copy: Tensor) -> None:
-        assert copy.grad is not None
+        master = weak()
+        assert copy.grad is not None and master is not None
         if master.grad is None:
             master.grad = copy.grad
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -275,3 +277,16 @@ def test_a_cast_leaves_full_precision() -> None:
 
     scale = LogitScale(14.3, bias=-9.7, stream="logit", writes=["scale", "bias"])
     assert {p.dtype for p in Frozen(scale, dtype="bfloat16", random_weights=True).parameters()} == {torch.float32}
+
+
+def test_a_trained_module_is_freed() -> None:
+    """Masters, copies and their hooks hold each other in no way that outlives the module."""
+    from l3m_like.distributed.low_precision import LowPrecision, copy_of
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    LowPrecision(model, torch.bfloat16)
+    model(torch.randn(2, 4)).sum().backward()
+    left = [weakref.ref(p) for p in model.parameters()] + [weakref.ref(copy_of(p)) for p in model.parameters()]
+    del model
+    gc.collect()
+    assert [one() for one in left] == [None] * len(left)
