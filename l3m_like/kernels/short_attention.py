@@ -144,7 +144,8 @@ def _short_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("l3m_like::joint_short_attention", mutates_args=())
 def _joint_short_attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    return _forward(*qkv.unbind(2))
+    q, k, v = qkv.unbind(2)
+    return _forward(q, k, v)
 
 
 @torch.library.custom_op("l3m_like::short_attention_backward", mutates_args=())
@@ -154,7 +155,8 @@ def _short_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out
 
 @torch.library.custom_op("l3m_like::joint_short_attention_backward", mutates_args=())
 def _joint_short_attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, sums: Tensor) -> Tensor:
-    return _launch(grad, *qkv.unbind(2), out, sums)
+    q, k, v = qkv.unbind(2)
+    return _launch(grad, q, k, v, out, sums)
 
 
 def _like(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,7 @@ class Attention(nn.Module):
         ``biased``: without the bias of ``out_proj``, which the caller adds (``bias_apart``)."""
         x = x.to(self.q_proj.weight.dtype)
         if mask is not None and mask.backend == "short" and rope is cache is None and self._joined_heads(x):
+            assert self.k_proj is not None and self.v_proj is not None
             heads = joined_output(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (3, -1, self.head_dim))
             return linear(joint_short_attention(heads).flatten(2), self.out_proj, biased=biased)
         cos, sin = (None, None) if rope is None else rope

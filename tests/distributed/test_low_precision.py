@@ -285,7 +285,7 @@ def test_a_trained_module_is_freed() -> None:
 
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     LowPrecision(model, torch.bfloat16)
-    model(torch.randn(2, 4)).sum().backward()
+    model(torch.randn(2, 4, dtype=torch.bfloat16)).sum().backward()
     left = [weakref.ref(p) for p in model.parameters()] + [weakref.ref(copy_of(p)) for p in model.parameters()]
     del model
     gc.collect()
