@@ -117,7 +117,10 @@ def _hand_over_to(master: nn.Parameter) -> Callable[[Tensor], None]:
 
     def hand_over(copy: Tensor) -> None:
         master = weak()
-        assert copy.grad is not None and master is not None
+        assert copy.grad is not None
+        if master is None:  # the module is gone, and only gradients of its inputs are wanted
+            copy.grad = None
+            return
         if master.grad is None:
             master.grad = copy.grad
         else:

@@ -99,6 +99,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
 
 
 def _short(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
+    assert not mask.causal
     return short_attention(q, k, v)
 
 

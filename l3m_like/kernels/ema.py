@@ -28,10 +28,7 @@ def ema_reference(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: 
 
 
 class EMATable(Table):
-    """Weights and the averages that follow them: float32. They must stay where they are.
-
-    Loads are wide where all sizes and addresses are multiples of 16.
-    """
+    """Weights and the averages that follow them: float32."""
 
     def __init__(self, averages: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         super().__init__(list(zip(weights, averages, strict=True)), _BLOCK)

@@ -125,7 +125,7 @@ def store_row(ptr, start, inside, first, second, D: tl.constexpr, HEAD: tl.const
     tl.store(ptr + start + rest, second.to(ptr.dtype.element_ty), mask=inside & (rest < D))
 
 
-if INTERPRETED:  # which knows no machine code
+if INTERPRETED or torch.version.hip is not None:  # which know no such machine code
 
     @jit
     def logistic(x):  # type: ignore[no-untyped-def]

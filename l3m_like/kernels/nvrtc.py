@@ -1,4 +1,5 @@
-"""CUDA C++ of ours, compiled when it is first called by NVRTC, which comes with CUDA builds of torch: no toolkit is needed.
+"""CUDA C++ of ours, compiled when it is first called by NVRTC: it comes with CUDA builds of torch, as on Linux do the bindings
+(cuda-bindings) that it is called by. No toolkit is needed.
 
 For what Triton cannot say: tiles whose sizes are no powers of two, and what goes on in which warp.
 """
@@ -8,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +20,11 @@ from l3m_like.core.errors import UserError
 
 @functools.cache
 def has_nvrtc() -> bool:
-    """Whether sources can be compiled here."""
+    """Whether sources can be compiled here: the bindings are there, and find the library."""
     try:
-        return importlib.util.find_spec("cuda.bindings") is not None
-    except ModuleNotFoundError:
+        nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
+        return not int(nvrtc.nvrtcVersion()[0])
+    except (ImportError, RuntimeError, OSError):
         return False
 
 
@@ -58,6 +59,7 @@ class Kernel:
 
     def __init__(self, code: bytes, name: str, shared: int) -> None:
         self._driver: Any = importlib.import_module("cuda.bindings.driver")
+        self._enter()
         self._module = _checked(self._driver.cuModuleLoadData(code))
         self._function = _checked(self._driver.cuModuleGetFunction(self._module, name.encode()))
         self._shared = shared
@@ -66,14 +68,18 @@ class Kernel:
 
     def __call__(self, blocks: int, threads: int, *arguments: Tensor | int) -> None:
         """Launch on the current stream; ``arguments``: pointers (of tensors) and ints."""
+        self._enter()
         values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
         kinds = tuple(ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_int for a in arguments)
         stream = torch.cuda.current_stream().cuda_stream
-        _checked(
-            self._driver.cuLaunchKernel(
-                self._function, blocks, 1, 1, threads, 1, 1, self._shared, stream, (values, kinds), 0
-            )
-        )
+        sizes = (blocks, 1, 1, threads, 1, 1, self._shared)
+        _checked(self._driver.cuLaunchKernel(self._function, *sizes, stream, (values, kinds), 0))
+
+    def _enter(self) -> None:
+        """Make the device's context current in this thread: autograd's may not have called CUDA yet."""
+        if not int(_checked(self._driver.cuCtxGetCurrent())):
+            device = _checked(self._driver.cuDeviceGet(torch.cuda.current_device()))
+            _checked(self._driver.cuCtxSetCurrent(_checked(self._driver.cuDevicePrimaryCtxRetain(device))))
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

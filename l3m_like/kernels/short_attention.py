@@ -22,14 +22,16 @@ from l3m_like.kernels.nvrtc import Kernel, compiled, has_nvrtc
 #: longest row (shorter than 65, others are faster), and widths of heads that the kernel is written for
 SHORTEST, LONGEST = 65, 256
 HEAD_DIMS = (64, 72)
+#: of a block
+THREADS = 384
 
 
 @functools.cache
 def short_attention_takes(length: int, head_dim: int, device: torch.device) -> bool:
-    """Whether the kernel can be had for full attention of these sizes, in half precision."""
+    """Whether the kernel can be had for full attention of these sizes, in half precision, where cuDNN's can."""
     if device.type != "cuda" or not SHORTEST <= length <= LONGEST or head_dim not in HEAD_DIMS:
         return False
-    return torch.cuda.get_device_capability(device) == (9, 0) and torch.backends.cudnn.is_available() and has_nvrtc()
+    return torch.cuda.get_device_capability(device) == (9, 0) and has_nvrtc()
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,13 +85,14 @@ def source(head_dim: int, dtype: torch.dtype) -> str:
     return text.replace("// PRODUCTS", products(head_dim, "bf16" if dtype == torch.bfloat16 else "f16"))
 
 
-def macros(length: int, head_dim: int, dtype: torch.dtype, tokens: Sequence[int]) -> tuple[str, ...]:
-    """Options of the compiler; ``tokens``: elements from one token to the next, of q, k, v, O and the gradients."""
+def macros(even: bool, head_dim: int, dtype: torch.dtype, tokens: Sequence[int]) -> tuple[str, ...]:
+    """Options of the compiler; ``even``: rows are of LONGEST places; ``tokens``: elements from one token to the next, of q, k, v,
+    O and the gradients."""
     names = ("Q_TOKEN", "K_TOKEN", "V_TOKEN", "OUT_TOKEN", "GRAD_TOKEN")
     return (
         f"-DHEAD_DIM={head_dim}",
         f"-DIS_BF16={int(dtype == torch.bfloat16)}",
-        f"-DEVEN={int(length == LONGEST)}",
+        f"-DEVEN={int(even)}",
         f"-DSCALE={1 / math.sqrt(head_dim)!r}f",
         *(f"-D{name}={count}" for name, count in zip(names, tokens, strict=True)),
     )
@@ -102,31 +105,34 @@ def shared_bytes(head_dim: int) -> int:
 
 
 @functools.cache
-def _kernel(length: int, head_dim: int, dtype: torch.dtype, tokens: tuple[int, ...], device: torch.device) -> tuple[Kernel, int]:
+def _kernel(even: bool, head_dim: int, dtype: torch.dtype, tokens: tuple[int, ...], device: torch.device) -> tuple[Kernel, int]:
     """The kernel, and how many blocks run at a time."""
-    code = compiled(source(head_dim, dtype), "sm_90a", macros(length, head_dim, dtype, tokens))
+    code = compiled(source(head_dim, dtype), "sm_90a", macros(even, head_dim, dtype, tokens))
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
     return Kernel(code, "short_attention_backward", shared_bytes(head_dim)), blocks
 
 
 def _even(x: Tensor) -> Tensor:
-    """``x`` [B, S, H, K] with only the distance of tokens free, in steps of 16 bytes."""
+    """``x`` [B, S, H, K] with only the distance of tokens free, in steps of 16 bytes from a multiple of them."""
     batch, length, _, width = x.shape
     token = x.stride(1)
-    return x if x.stride() == (length * token, token, width, 1) and token % 8 == 0 else x.contiguous()
+    x = x if x.stride() == (length * token, token, width, 1) and token % 8 == 0 else x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _launch(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor) -> Tensor:
     """Gradients [B, S, 3, H, K] of q, k and v; sums [B, H, S, 1] float32: logarithms of the sums of exponentials."""
-    q, k, v, out, grad, sums = _even(q), _even(k), _even(v), out.contiguous(), grad.contiguous(), sums.contiguous()
+    q, k, v, out, grad, sums = _even(q), _even(k), _even(v), _even(out.contiguous()), _even(grad.contiguous()), sums.contiguous()
     batch, length, heads, width = q.shape
+    # the kernel would read or leave out what is elsewhere
+    assert q.shape == k.shape == v.shape and SHORTEST <= length <= LONGEST and width in HEAD_DIMS
     grads = torch.empty(batch, length, 3, heads, width, dtype=q.dtype, device=q.device)
     if q.numel() > 0:
         tokens = (q.stride(1), k.stride(1), v.stride(1), out.stride(1), grads.stride(1))
         with torch.cuda.device(q.device):
-            kernel, blocks = _kernel(length, width, q.dtype, tokens, q.device)
+            kernel, blocks = _kernel(length == LONGEST, width, q.dtype, tokens, q.device)
             total = batch * heads
-            kernel(min(blocks, total), 384, q, k, v, out, grad, sums, *grads.unbind(2), total, heads, length)
+            kernel(min(blocks, total), THREADS, q, k, v, out, grad, sums, *grads.unbind(2), total, heads, length)
     return grads
 
 

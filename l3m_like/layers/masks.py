@@ -113,6 +113,8 @@ def choose_backend(
         problem = f"it takes fp16 and bf16 on CUDA, not {dtype} on {device.type}"
     elif asked in FUSED and not square:
         problem = "it takes no key/value cache"
+    elif asked == "short" and mask.kind != "full":
+        problem = "it masks nothing"
     elif asked == "short" and not meta and not (plain and short_takes(query_length, head_dim, grouped, device)):
         problem = "it takes full attention of 65 to 256 places with heads of 64 or 72, each with its own keys, on Hopper"
     elif asked in ("flash", "cudnn") and not plain:
@@ -275,7 +277,8 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LayerMasks:
-    """One mask, lowered once for each way in which the layers of a trunk want it: by their backend, window and head width.
+    """One mask, lowered once for each way in which the layers of a trunk want it: by their backend, window, width of
+    heads, and whether heads share keys.
 
     ``told``: takes what each kind of mask was lowered to, ``{"causal, documents": "flex"}``, for the run to print.
     """

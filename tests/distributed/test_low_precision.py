@@ -290,3 +290,10 @@ def test_a_trained_module_is_freed() -> None:
     del model
     gc.collect()
     assert [one() for one in left] == [None] * len(left)
+    x = torch.randn(2, 4, dtype=torch.bfloat16, requires_grad=True)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    LowPrecision(model, torch.bfloat16)
+    out = model(x).sum()
+    del model
+    out.backward()  # what is left of the module is in the graph
+    assert x.grad is not None

@@ -21,7 +21,7 @@ typedef unsigned long long u64;
 static const int FIBERS = 384;
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx, gridDim;
-alignas(256) static unsigned char memory[232448];
+alignas(256) static unsigned char memory[SHARED];
 static ucontext_t fibers[FIBERS], scheduler;
 static std::vector<char> stacks[FIBERS];
 static bool done[FIBERS];
@@ -86,7 +86,7 @@ static float power_of_2(float x) { return exp2f(x); }
 // shared memory
 static u32 shared_address(const void*) { return 0; }
 static unsigned char* shared(u32 at, u32 size) {
-  if (at % size || at + size > sizeof memory) fail("no such place in shared memory:", at);
+  if (at % size || at + size > SHARED) fail("no such place in shared memory:", at);
   return memory + at;
 }
 static void store_shared(u32 at, u32 x) { memcpy(shared(at, 4), &x, 4); }

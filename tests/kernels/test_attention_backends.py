@@ -170,3 +170,19 @@ def test_names_and_devices() -> None:
         choice(MASKS["prefix"], asked="flex", device="cpu")
     with pytest.raises(UserError, match="key/value cache"):
         choose_backend("varlen", AttentionMask("causal", query_start=3), 4, 7, 64, torch.bfloat16, torch.device("cuda"))
+
+
+def test_short_rows_are_chosen_where_they_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    from l3m_like.layers import masks
+
+    monkeypatch.setattr(masks, "short_takes", lambda length, head_dim, grouped, device: not grouped)
+    monkeypatch.setattr(masks, "cudnn_takes", lambda head_dim, device: True)
+
+    def chosen(asked: str, kind: str, grouped: bool = False) -> str:
+        return choose_backend(asked, AttentionMask(kind), 256, 256, 64, torch.bfloat16, torch.device("cuda"), grouped)
+
+    assert [chosen(asked, "full") for asked in ("auto", "short")] == ["short", "short"]
+    assert [chosen("auto", "causal"), chosen("auto", "full", grouped=True)] == ["cudnn", "cudnn"]
+    for kind, grouped in (("causal", False), ("full", True)):
+        with pytest.raises(UserError, match="attention backend short"):
+            chosen("short", kind, grouped)

@@ -21,6 +21,7 @@ class EMA:
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
         self.parameters = dict(parameters)
+        #: filled in place only: the kernel knows where they are
         self.average = {
             name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in self.parameters.items()
         }
