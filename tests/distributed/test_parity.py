@@ -141,8 +141,10 @@ def test_in_float32_everywhere(name: str, mesh: str, split: str) -> None:
     check(name, mesh, split, precision="fp32")
 
 
+@pytest.mark.timeout(300)
 def test_compiled() -> None:
-    check("llm", "", "", compile=True)
+    found = recorded(experiment("llm", compile=True), 1, timeout=250)
+    compare(found, trained("llm", drawn("llm"))[0])
 
 
 @pytest.mark.slow
