@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l3m_like.kernels.launch import (
+    TUNED,
     jit,
     logistic,
     power_of_2,
@@ -95,16 +96,19 @@ def _backward_kernel(
     TANH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
     part = program // blocks
     bias = tl.load(bias_ptr + columns, mask=columns < F, other=0.0).to(tl.float32)
     of_bias = tl.zeros([ROWS, BLOCK], tl.float32)
-    for done in range(0, rows_each, ROWS):
+    for done in tl.range(0, rows_each, ROWS, num_stages=STAGES):
         number = (done + tl.arange(0, ROWS))[:, None]
         rows = part * rows_each + number
-        inside = (number < rows_each) & (rows < num_rows) & (columns < F)
+        inside = (rows < num_rows) & (columns < F)
+        if ROWS > 1:
+            inside = inside & (number < rows_each)
         grad = tl.load(grad_ptr + rows * grad_stride + columns, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + rows * stride + columns, mask=inside, other=0.0).to(tl.float32) + bias
         share, slope = _gelu(x, TANH)
@@ -114,10 +118,11 @@ def _backward_kernel(
     tl.store(partial_ptr + part * F + columns, tl.sum(of_bias, axis=0)[None, :], mask=columns < F)
 
 
-def _sizes(width: int, kernel: str, columns: int) -> dict[str, int]:
-    """Tiles of four rows of some ``columns``."""
-    block = min(columns, power_of_2(width))
-    return {"BLOCK": block, "ROWS": 4, "num_warps": warps(4 * block, kernel)}
+def _sizes(width: int, kernel: str, elements: int) -> dict[str, int]:
+    """Tiles of up to 512 columns, and of some ``elements``."""
+    block = min(512, power_of_2(width))
+    rows = elements // block
+    return {"BLOCK": block, "ROWS": rows, "num_warps": warps(rows * block, kernel)}
 
 
 @triton_op("l3m_like::bias_gelu", mutates_args=())
@@ -125,7 +130,7 @@ def _bias_gelu(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
     """GELU of ``x + bias``."""
     rows, width = rows_of(x), x.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sizes = _sizes(width, "gelu", 512)
+    sizes = _sizes(width, "gelu", 2048)
     blocks = -(-width // sizes["BLOCK"])
     if rows.shape[0] > 0:
         wrap_triton(_forward_kernel)[(blocks * -(-rows.shape[0] // sizes["ROWS"]),)](
@@ -141,13 +146,13 @@ def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tu
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows.shape[0] == 0:
         return grad_x, torch.zeros_like(bias)
-    sizes = _sizes(width, "gelu_backward", 256)
+    sizes = _sizes(width, "gelu_backward", 512)
     blocks = -(-width // sizes["BLOCK"])
     parts = min(max(1, resident_programs(x.device, "gelu_backward") // blocks), -(-rows.shape[0] // sizes["ROWS"]))
     partial = torch.empty(parts, width, dtype=torch.float32, device=x.device)
     wrap_triton(_backward_kernel)[(blocks * parts,)](
         grads, rows, bias, grad_x, partial, rows.shape[0], -(-rows.shape[0] // parts), blocks, grads.stride(0), rows.stride(0),
-        F=width, TANH=tanh, **sizes,
+        F=width, TANH=tanh, STAGES=TUNED["gelu_backward"].stages, **sizes,
     )  # fmt: skip
     return grad_x, partial.sum(0).to(bias.dtype)
 

@@ -162,10 +162,12 @@ def sum_row(a, b):  # type: ignore[no-untyped-def]
 @dataclass(frozen=True)
 class Tuning:
     """How a kernel is cut up. ``elements``: of a tile per warp. ``programs``: per multiprocessor, of a kernel whose programs keep
-    partial sums: no more than run at a time, so that all end together. ``stages``: loads of so many iterations are under way."""
+    partial sums: no more than run at a time, so that all end together. ``iterations``: of a program's loop in a kernel that keeps
+    none. ``stages``: loads of so many iterations are under way."""
 
     elements: int = 512
     programs: int = 4
+    iterations: int = 1
     stages: int = 1
 
 
@@ -173,12 +175,13 @@ class Tuning:
 TUNED = {
     "rms_norm": Tuning(),
     "rms_norm_backward": Tuning(stages=3),
-    "modulated_norm": Tuning(programs=16),
+    "modulated_norm": Tuning(elements=1024, iterations=4, stages=3),
     "modulated_norm_backward": Tuning(stages=3, programs=6),
+    "gated_modulated_norm_backward": Tuning(stages=3, programs=4),
     "rope": Tuning(),
     "rope_backward": Tuning(),
     "gelu": Tuning(elements=1024),
-    "gelu_backward": Tuning(elements=256, programs=8),
+    "gelu_backward": Tuning(elements=256, programs=8, stages=4),
     "swiglu": Tuning(elements=256),
     "swiglu_backward": Tuning(elements=256),
 }

@@ -127,6 +127,7 @@ def _forward_kernel(
     HEAD: tl.constexpr,
     REST: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     row = program // tiles
@@ -140,7 +141,7 @@ def _forward_kernel(
         shift0, shift1 = load_row(shift_ptr, row * shift_stride, always, D, HEAD, REST)
         scale0, scale1 = load_row(scale_ptr, row * scale_stride, always, D, HEAD, REST)
         is_rest = HEAD + tl.arange(0, REST)[None, :] < D
-    for done in range(0, tokens_each, ROWS):
+    for done in tl.range(0, tokens_each, ROWS, num_stages=STAGES):
         number = (done + tl.arange(0, ROWS))[:, None]
         inside = (number < tokens_each) & (first + number < length)
         token = row * length + first + number
@@ -194,18 +195,21 @@ def _backward_kernel(
     REST: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    HELD: tl.constexpr,  # gate and scale stay in registers; else they are read for every token, from the cache
 ):
     program = tl.program_id(0).to(tl.int64)
     row = program // tiles
     first = (program % tiles) * tokens_each
     always = tl.full([1, 1], True, tl.int1)
     if GATED:
-        gate0, gate1 = load_row(gate_ptr, row * gate_stride, always, D, HEAD, REST)
+        if HELD:
+            gate0, gate1 = load_row(gate_ptr, row * gate_stride, always, D, HEAD, REST)
         of_gate0, of_gate1 = tl.zeros([ROWS, HEAD], tl.float32), tl.zeros([ROWS, REST], tl.float32)
     if BIASED:
         total0, total1 = tl.zeros([ROWS, HEAD], tl.float32), tl.zeros([ROWS, REST], tl.float32)
     if NORM:
-        scale0, scale1 = load_row(scale_ptr, row * scale_stride, always, D, HEAD, REST)
+        if HELD:
+            scale0, scale1 = load_row(scale_ptr, row * scale_stride, always, D, HEAD, REST)
         of_shift0, of_shift1 = tl.zeros([ROWS, HEAD], tl.float32), tl.zeros([ROWS, REST], tl.float32)
         of_scale0, of_scale1 = tl.zeros([ROWS, HEAD], tl.float32), tl.zeros([ROWS, REST], tl.float32)
     for done in tl.range(0, tokens_each, ROWS, num_stages=STAGES):
@@ -222,6 +226,8 @@ def _backward_kernel(
             grad0, grad1 = load_row(grad_ptr, token * D, inside, D, HEAD, REST)
             mean = tl.load(statistics_ptr + 2 * token, mask=inside, other=0.0)
             inverse = tl.load(statistics_ptr + 2 * token + 1, mask=inside, other=0.0)
+            if not HELD:
+                scale0, scale1 = load_row(scale_ptr, row * scale_stride, always, D, HEAD, REST)
             x0 = (x0 - mean) * inverse
             x1 = (x1 - mean) * inverse
             of_shift0 += grad0
@@ -242,6 +248,8 @@ def _backward_kernel(
                 grad_x1 = inverse * (grad1 - mean - x1 * along)
             store_row(grad_x_ptr, token * D, inside, grad_x0, grad_x1, D, HEAD, REST)
         if GATED:
+            if not HELD:
+                gate0, gate1 = load_row(gate_ptr, row * gate_stride, always, D, HEAD, REST)
             of_gate0 += grad_x0 * branch0
             of_gate1 += grad_x1 * branch1
             if BIASED:
@@ -256,6 +264,8 @@ def _backward_kernel(
         of_gate0, of_gate1 = _over_rows(of_gate0), _over_rows(of_gate1)
         if BIASED:
             # the bias and the gate are those of every token: neither takes part in the sums
+            if not HELD:
+                gate0, gate1 = load_row(gate_ptr, row * gate_stride, always, D, HEAD, REST)
             bias0, bias1 = load_row(bias_ptr, 0, always, D, HEAD, REST)
             total0, total1 = _over_rows(total0), _over_rows(total1)
             of_gate0 += total0 * bias0
@@ -264,16 +274,22 @@ def _backward_kernel(
         store_row(partial_ptr, partial + 2 * D, always, of_gate0, of_gate1, D, HEAD, REST)
 
 
-def _tiles(x: Tensor, kernel: str) -> tuple[int, int]:
-    """``(tiles of a row, tokens of a tile)``: about as many tiles in all as ``kernel`` has programs."""
-    batch, length, _ = x.shape
+def _forward_cut(x: Tensor) -> tuple[int, int, dict[str, int]]:
+    """``(tiles of a row, tokens of a tile, launch arguments)``: small tiles, as no sums over tokens are kept."""
+    length, dim = x.shape[1:]
+    sizes, tuned = tile(dim, "modulated_norm"), TUNED["modulated_norm"]
+    tokens = sizes["ROWS"] * tuned.iterations
+    return max(1, -(-length // tokens)), tokens, {"STAGES": tuned.stages, **sizes}
+
+
+def _backward_cut(x: Tensor, kernel: str = "modulated_norm_backward") -> tuple[int, int, dict[str, int]]:
+    """The same: about as many tiles in all as ``kernel`` has programs."""
+    batch, length, dim = x.shape
     tiles = max(1, min(length, resident_programs(x.device, kernel) // max(1, batch)))
-    tokens = -(-length // tiles)
-    return max(1, -(-length // max(1, tokens))), tokens
-
-
-def _backward_tile(dim: int) -> dict[str, int]:
-    return {"STAGES": TUNED["modulated_norm_backward"].stages, **tile(dim, "modulated_norm_backward")}
+    tokens = max(1, -(-length // tiles))
+    # the sums of both leave no registers for gate and scale
+    held = kernel != "gated_modulated_norm_backward"
+    return max(1, -(-length // tokens)), tokens, {"STAGES": TUNED[kernel].stages, "HELD": held, **tile(dim, kernel)}
 
 
 def _empty(x: Tensor, *others: Tensor) -> Tensor:
@@ -301,10 +317,10 @@ def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tupl
     batch, length, dim = x.shape
     out = _empty(x, shift, scale)
     statistics = torch.empty(batch, length, 2, dtype=torch.float32, device=x.device)
-    tiles, tokens = _tiles(x, "modulated_norm")
+    tiles, tokens, sizes = _forward_cut(x)
     wrap_triton(_forward_kernel)[(batch * tiles,)](
         x, x, x, shift, shift, scale, out, x, statistics, length, tiles, tokens,
-        0, shift.stride(0), scale.stride(0), eps, D=dim, GATED=False, BIASED=False, NORM=True, **tile(dim, "modulated_norm"),
+        0, shift.stride(0), scale.stride(0), eps, D=dim, GATED=False, BIASED=False, NORM=True, **sizes,
     )  # fmt: skip
     return out, statistics
 
@@ -320,11 +336,11 @@ def _gated_modulated_norm(
     total = _empty(x, gate, branch)
     out = _empty(total, shift, scale)
     statistics = torch.empty(batch, length, 2, dtype=torch.float32, device=x.device)
-    tiles, tokens = _tiles(x, "modulated_norm")
+    tiles, tokens, sizes = _forward_cut(x)
     wrap_triton(_forward_kernel)[(batch * tiles,)](
         x, branch, _or_any(bias, x), gate, shift, scale, out, total, statistics, length, tiles, tokens,
         gate.stride(0), shift.stride(0), scale.stride(0), eps,
-        D=dim, GATED=True, BIASED=bias is not None, NORM=True, **tile(dim, "modulated_norm"),
+        D=dim, GATED=True, BIASED=bias is not None, NORM=True, **sizes,
     )  # fmt: skip
     return out, total, statistics
 
@@ -334,11 +350,11 @@ def _gated_residual(x: Tensor, gate: Tensor, branch: Tensor, bias: Tensor | None
     x, branch, gate = x.contiguous(), branch.contiguous(), _vectors(gate)
     batch, length, dim = x.shape
     total = _empty(x, gate, branch)
-    tiles, tokens = _tiles(x, "modulated_norm")
+    tiles, tokens, sizes = _forward_cut(x)
     wrap_triton(_forward_kernel)[(batch * tiles,)](
         x, branch, _or_any(bias, x), gate, gate, gate, x, total, x, length, tiles, tokens,
         gate.stride(0), 0, 0, 0.0,
-        D=dim, GATED=True, BIASED=bias is not None, NORM=False, **tile(dim, "modulated_norm"),
+        D=dim, GATED=True, BIASED=bias is not None, NORM=False, **sizes,
     )  # fmt: skip
     return total
 
@@ -351,12 +367,12 @@ def _modulated_norm_backward(
     x, grad, scale = x.contiguous(), grad.contiguous(), _vectors(scale)
     residual = grad if grad_sum is None else grad_sum.contiguous()
     batch, length, dim = x.shape
-    tiles, tokens = _tiles(x, "modulated_norm_backward")
+    tiles, tokens, sizes = _backward_cut(x)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=x.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
         grad, residual, x, x, x, scale, scale, statistics, grad_x, x, partial, length, tiles, tokens, 0, scale.stride(0),
-        D=dim, RESIDUAL=grad_sum is not None, GATED=False, BIASED=False, NORM=True, **_backward_tile(dim),
+        D=dim, RESIDUAL=grad_sum is not None, GATED=False, BIASED=False, NORM=True, **sizes,
     )  # fmt: skip
     return grad_x, partial[:, :, :2].sum(1)
 
@@ -376,14 +392,14 @@ def _gated_modulated_norm_backward(
     total, branch, grad, grad_sum = total.contiguous(), branch.contiguous(), grad.contiguous(), grad_sum.contiguous()
     gate, scale = _vectors(gate), _vectors(scale)
     batch, length, dim = total.shape
-    tiles, tokens = _tiles(total, "modulated_norm_backward")
+    tiles, tokens, sizes = _backward_cut(total, "gated_modulated_norm_backward")
     grad_total = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=total.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
         grad, grad_sum, total, branch, _or_any(bias, total), gate, scale, statistics, grad_total, grad_branch, partial,
         length, tiles, tokens, gate.stride(0), scale.stride(0),
-        D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=True, **_backward_tile(dim),
+        D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=True, **sizes,
     )  # fmt: skip
     return grad_total, grad_branch, partial[:, :, : 3 if bias is None else 4].sum(1)
 
@@ -393,13 +409,13 @@ def _gated_residual_backward(grad: Tensor, gate: Tensor, branch: Tensor, bias: T
     """Gradients of branch and, [B, 1 or 2, D] float32, of gate and, row by row, bias; that of x is ``grad`` itself."""
     grad, branch, gate = grad.contiguous(), branch.contiguous(), _vectors(gate)
     batch, length, dim = branch.shape
-    tiles, tokens = _tiles(branch, "modulated_norm_backward")
+    tiles, tokens, sizes = _backward_cut(branch)
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=branch.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
         grad, grad, grad, branch, _or_any(bias, branch), gate, gate, grad, grad, grad_branch, partial,
         length, tiles, tokens, gate.stride(0), 0,
-        D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=False, **_backward_tile(dim),
+        D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=False, **sizes,
     )  # fmt: skip
     return grad_branch, partial[:, :, 2 : 3 if bias is None else 4].sum(1)
 

@@ -150,10 +150,47 @@ DEVICE void store_rows(u16* to, int first, int length, const float* c, float fac
   }
 }
 
-// sums [total rows and heads, length]: of a query, the natural logarithm of the sum of the exponentials of its scores
+// Of 2 KEPT numbers, each summed over this lane and the one at a distance, this keeps the first or the second half.
+template <int KEPT> DEVICE void add_half(float* x) {
+  bool upper = threadIdx.x & 2 * KEPT;
+#pragma unroll
+  for (int j = 0; j < KEPT; j++) {
+    float given = exchanged(upper ? x[j] : x[j + KEPT], 2 * KEPT);
+    x[j] = (upper ? x[j + KEPT] : x[j]) + given;
+  }
+}
+// To a lane's `totals`, sums over the 64 rows of the registers c of a product: of a warp's 16, over the 8 lanes that have the same
+// columns. In three exchanges each keeps half of its columns, and in the end the two of chunk lane / 4; of the last chunk one.
+DEVICE void add_columns(float* totals, const float* c) {
+  int lane = threadIdx.x % 32;
+  float x[16];
+#pragma unroll
+  for (int j = 0; j < 16; j++) x[j] = c[4 * (j / 2) + j % 2] + c[4 * (j / 2) + 2 + j % 2];
+  add_half<8>(x);
+  add_half<4>(x);
+  add_half<2>(x);
+  totals[0] += x[0];
+  totals[1] += x[1];
+  if (CHUNKS > 8) {
+    float a = c[HEAD_DIM / 2 - 4] + c[HEAD_DIM / 2 - 2], b = c[HEAD_DIM / 2 - 3] + c[HEAD_DIM / 2 - 1];
+    float given = exchanged(lane & 16 ? a : b, 16);
+    a = (lane & 16 ? b : a) + given;
+    a += exchanged(a, 4);
+    totals[2] += a + exchanged(a, 8);
+  }
+}
+DEVICE void store_columns(float* to, const float* totals, float factor) {
+  int lane = threadIdx.x % 32;
+  to[lane * 2] = totals[0] * factor;
+  to[lane * 2 + 1] = totals[1] * factor;
+  if (CHUNKS > 8 && lane / 4 % 4 == 0) to[64 + lane % 4 * 2 + lane / 16] = totals[2] * factor;
+}
+
+// sums [total rows and heads, length]: of a query, the natural logarithm of the sum of the exponentials of its scores.
+// of_places, if it is there [rows, WARPS, heads, 2, HEAD_DIM]: sums of dq and of dv over the places that a warp had.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) short_attention_backward(
     const u16* q, const u16* k, const u16* v, const u16* out, const u16* grad, const float* sums, u16* dq, u16* dk, u16* dv,
-    int total, int heads, int length) {
+    float* of_places, int total, int heads, int length) {
   int warp = same(threadIdx.x / 32), lane = threadIdx.x % 32;
   u32 shared = shared_address(memory), ring = shared + 4 * TILE, scores = ring + STAGES * STAGE, zeros = scores + D_SCORES;
   u32 full = zeros + 64 * 16, empty = full + STAGES * 8, keys_empty = empty + STAGES * 8;
@@ -248,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) short_attention_backwar
   int group = warp / 4;
   // the first of a thread's rows of 8 of a tile of 64 keys
   auto key_of = [&](int m, int half) { return group * 128 + m * 64 + warp % 4 * 16 + half * 8 + lane / 4; };
-  auto queries = [&](int pair) {  // gradients of the queries of two steps, by one warpgroup
+  auto queries = [&](int pair, float* totals) {  // gradients of the queries of two steps, by one warpgroup
     int head_number = 2 * pair / steps, head = blockIdx.x + head_number * gridDim.x;
     u32 keys = shared + head_number % 2 * 2 * TILE;
     float c[HEAD_DIM / 2];
@@ -259,12 +296,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) short_attention_backwar
     products_wait<0>();
     u16* to = dq + (long long)(head / heads) * length * GRAD_TOKEN + head % heads * HEAD_DIM;
     store_rows(to, 2 * pair % steps * STEP + warp % 4 * 16, length, c, SCALE);
+    if (of_places) add_columns(totals, c);
   };
 
   int number = 0;
 #pragma unroll 1
   for (int head_number = 0; head_number < my_heads; head_number++) {
-    float d_keys[2][HEAD_DIM / 2] = {}, d_values[2][HEAD_DIM / 2] = {};
+    float d_keys[2][HEAD_DIM / 2] = {}, d_values[2][HEAD_DIM / 2] = {}, total_queries[3] = {};
     u32 keys = shared + head_number % 2 * 2 * TILE;
 #pragma unroll 1
     for (int step = 0; step < steps; step++, number++) {
@@ -362,7 +400,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) short_attention_backwar
         int pair = number / 2;
         if (pair % 2 == group) {
           meet<256>(2 + group);
-          queries(pair);
+          queries(pair, total_queries);
           arrived(4 + (group ^ 1));
         } else {
           arrived(2 + (group ^ 1));
@@ -377,6 +415,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) short_attention_backwar
       int row = key_of(m, 0) - lane / 4;
       store_rows(dk + at, row, length, d_keys[m], SCALE);
       store_rows(dv + at, row, length, d_values[m], 1.0f);
+    }
+    if (of_places) {
+      float total_values[3] = {};
+      add_columns(total_values, d_values[0]);
+      add_columns(total_values, d_values[1]);
+      float* to = of_places + ((long long)(head / heads * WARPS + warp) * heads + head % heads) * 2 * HEAD_DIM;
+      store_columns(to, total_queries, SCALE);
+      store_columns(to + HEAD_DIM, total_values, 1.0f);
     }
   }
 }

@@ -3,7 +3,8 @@
 q, k and v are [B, S, H, K], K 64 or 72, fp16 or bf16, on Hopper. The forward is cuDNN's. Its backward takes three kernels for
 short rows, adds gradients of queries up in float32 in no fixed order and, for heads of 72, computes as for 128 columns; ours is
 one, in CUDA C++ (``short_attention.cu``: 72 is no power of two, as Triton would have it), and repeats its bits. It also writes
-the three gradients as one tensor: where q, k and v are cut from one product (``joint_short_attention``), nobody joins them again.
+the three gradients as one tensor: where q, k and v are cut from one product (``joint_short_attention``), nobody joins them again;
+and it sums them over all places, which is the gradient of that product's bias, while they are in registers.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from l3m_like.kernels.nvrtc import Kernel, compiled, has_nvrtc
 #: longest row (shorter than 65, others are faster), and widths of heads that the kernel is written for
 SHORTEST, LONGEST = 65, 256
 HEAD_DIMS = (64, 72)
-#: of a block
-THREADS = 384
+#: of a block; the warps that multiply
+THREADS, WARPS = 384, 8
 
 
 @functools.cache
@@ -39,9 +40,13 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _short_attention(q, k, v)[0]
 
 
-def joint_short_attention(qkv: Tensor) -> Tensor:
-    """The same of q, k, v = qkv.unbind(2), qkv [B, S, 3, H, K], whose gradient is one tensor too."""
-    return _joint_short_attention(qkv)[0]
+def joint_short_attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same of q, k, v = qkv.unbind(2), qkv [B, S, 3, H, K], whose gradient is one tensor too.
+
+    ``bias`` [3 H K] was added in what gave ``qkv``, and has no gradient there: it has it from here. That of the keys' bias is 0,
+    as it adds the same to all scores of a query.
+    """
+    return _joint_short_attention(qkv, bias)[0]
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------------
@@ -120,20 +125,24 @@ def _even(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _launch(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor) -> Tensor:
-    """Gradients [B, S, 3, H, K] of q, k and v; sums [B, H, S, 1] float32: logarithms of the sums of exponentials."""
+def _launch(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, summed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients [B, S, 3, H, K] of q, k and v, and if ``summed`` float32 [B, WARPS, H, 2, K]: parts of the sums over S of those
+    of q and v; sums [B, H, S, 1] float32: logarithms of the sums of exponentials."""
     q, k, v, out, grad, sums = _even(q), _even(k), _even(v), _even(out.contiguous()), _even(grad.contiguous()), sums.contiguous()
     batch, length, heads, width = q.shape
     # the kernel would read or leave out what is elsewhere
     assert q.shape == k.shape == v.shape and SHORTEST <= length <= LONGEST and width in HEAD_DIMS
     grads = torch.empty(batch, length, 3, heads, width, dtype=q.dtype, device=q.device)
+    of_places = torch.empty(_of_places(q) if summed else 0, dtype=torch.float32, device=q.device)
     if q.numel() > 0:
         tokens = (q.stride(1), k.stride(1), v.stride(1), out.stride(1), grads.stride(1))
         with torch.cuda.device(q.device):
             kernel, blocks = _kernel(length == LONGEST, width, q.dtype, tokens, q.device)
             total = batch * heads
-            kernel(min(blocks, total), THREADS, q, k, v, out, grad, sums, *grads.unbind(2), total, heads, length)
-    return grads
+            kernel(min(blocks, total), THREADS, q, k, v, out, grad, sums, *grads.unbind(2), of_places, total, heads, length)
+    return grads, of_places
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,20 +158,23 @@ def _short_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("l3m_like::joint_short_attention", mutates_args=())
-def _joint_short_attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
+def _joint_short_attention(qkv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(2)
     return _forward(q, k, v)
 
 
 @torch.library.custom_op("l3m_like::short_attention_backward", mutates_args=())
 def _short_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor) -> Tensor:
-    return _launch(grad, q, k, v, out, sums)
+    return _launch(grad, q, k, v, out, sums)[0]
 
 
 @torch.library.custom_op("l3m_like::joint_short_attention_backward", mutates_args=())
-def _joint_short_attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, sums: Tensor) -> Tensor:
+def _joint_short_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, sums: Tensor, biased: bool
+) -> tuple[Tensor, Tensor]:
+    """As ``_launch``."""
     q, k, v = qkv.unbind(2)
-    return _launch(grad, q, k, v, out, sums)
+    return _launch(grad, q, k, v, out, sums, biased)
 
 
 def _like(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,10 +186,20 @@ def _gradients_like(q: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:2], 3, *q.shape[2:])
 
 
+def _of_places(q: Tensor) -> tuple[int, ...]:
+    batch, _, heads, width = q.shape
+    return batch, WARPS, heads, 2, width
+
+
 _short_attention.register_fake(lambda q, k, v: _like(q))
-_joint_short_attention.register_fake(lambda qkv: _like(qkv.select(2, 0)))
+_joint_short_attention.register_fake(lambda qkv, bias: _like(qkv.select(2, 0)))
 _short_attention_backward.register_fake(lambda grad, q, k, v, out, sums: _gradients_like(q))
-_joint_short_attention_backward.register_fake(lambda grad, qkv, out, sums: _gradients_like(out))
+_joint_short_attention_backward.register_fake(
+    lambda grad, qkv, out, sums, biased: (
+        _gradients_like(out),
+        out.new_empty(_of_places(out) if biased else 0, dtype=torch.float32),
+    )
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -189,9 +211,21 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
     return _short_attention_backward(grad, *ctx.saved_tensors).unbind(2)
 
 
-def _joint_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Tensor:
-    return _joint_short_attention_backward(grad, *ctx.saved_tensors)
+def _joint_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, *output)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _joint_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    biased = ctx.needs_input_grad[1]
+    grads, of_places = _joint_short_attention_backward(grad, *ctx.saved_tensors, biased)
+    if not biased:
+        return grads, None
+    of_q, of_v = of_places.sum((0, 1)).unbind(1)
+    return grads, torch.stack((of_q, torch.zeros_like(of_q), of_v)).flatten().to(ctx.bias_dtype)
 
 
 _short_attention.register_autograd(_backward, setup_context=_setup)
-_joint_short_attention.register_autograd(_joint_backward, setup_context=_setup)
+_joint_short_attention.register_autograd(_joint_backward, setup_context=_joint_setup)

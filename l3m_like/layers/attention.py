@@ -15,7 +15,7 @@ from l3m_like.kernels.rope import norm_rope, qk_norm_rope
 from l3m_like.kernels.select import selected
 from l3m_like.kernels.short_attention import joint_short_attention
 from l3m_like.layers.cache import LayerCache
-from l3m_like.layers.linear import joined_output, joins, joint_linear, linear
+from l3m_like.layers.linear import joined_bias, joined_output, joins, joint_linear, linear
 from l3m_like.layers.norm import RMSNorm
 
 
@@ -117,8 +117,10 @@ class Attention(nn.Module):
         x = x.to(self.q_proj.weight.dtype)
         if mask is not None and mask.backend == "short" and rope is cache is None and self._joined_heads(x):
             assert self.k_proj is not None and self.v_proj is not None
-            heads = joined_output(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (3, -1, self.head_dim))
-            return linear(joint_short_attention(heads).flatten(2), self.out_proj, biased=biased)
+            projections = self.q_proj, self.k_proj, self.v_proj
+            bias = joined_bias(*projections)
+            heads = joined_output(x, *projections, bias=bias).unflatten(-1, (3, -1, self.head_dim))
+            return linear(joint_short_attention(heads, bias).flatten(2), self.out_proj, biased=biased)
         cos, sin = (None, None) if rope is None else rope
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
         # -1, not num_heads: under tensor parallelism a projection returns this rank's heads

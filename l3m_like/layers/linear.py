@@ -33,11 +33,17 @@ def joins(x: Tensor, *layers: nn.Linear) -> bool:
     return ordinary and x.numel() >= _ROWS * x.shape[-1]
 
 
-def joined_output(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """The one product of layers that can be joined: their outputs side by side."""
+def joined_output(x: Tensor, *layers: nn.Linear, bias: Tensor | None = None) -> Tensor:
+    """The one product of layers that can be joined: their outputs side by side. ``bias``: all of theirs (``joined_bias``), which
+    is added and has no gradient from here."""
     weights = [layer.weight for layer in layers]
-    biases = [layer.bias for layer in layers if layer.bias is not None]
+    biases = [layer.bias for layer in layers if layer.bias is not None] if bias is None else [bias.detach()]
     return _Joint.apply(x, getattr(layers[0], "joined_weight", None), *weights, *biases)
+
+
+def joined_bias(*layers: nn.Linear) -> Tensor | None:
+    """The biases of layers that can be joined, one behind the other."""
+    return None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
 
 
 def is_ordinary(layer: nn.Module) -> bool:
@@ -69,7 +75,7 @@ class _Joint(torch.autograd.Function):
         # a number of weights among the arguments would become a symbol when it changes, which torch.compile breaks the graph for
         weights = [parameter for parameter in parameters if parameter.dim() == 2]
         biases = [parameter for parameter in parameters if parameter.dim() == 1]
-        ctx.sizes, ctx.biased, ctx.joined = [len(weight) for weight in weights], len(biases) > 0, joined is not None
+        ctx.sizes, ctx.bias_sizes, ctx.joined = [len(w) for w in weights], [len(b) for b in biases], joined is not None
         kept = weights if joined is None else [joined]
         ctx.save_for_backward(x, *kept)
         return F.linear(x, _together(kept), torch.cat(biases) if biases else None)
@@ -83,9 +89,9 @@ class _Joint(torch.autograd.Function):
             )
         rows, sizes = grad.flatten(0, -2), ctx.sizes
         grad_x = grad @ _together(kept) if ctx.needs_input_grad[0] else None
-        trained = any(ctx.needs_input_grad[2:])
-        grad_weights = (rows.mT @ x.flatten(0, -2)).split(sizes) if trained else [None] * len(sizes)
-        grad_biases = rows.sum(0).split(sizes) if ctx.biased and trained else [None] * (len(sizes) * ctx.biased)
+        of_weights, of_biases = ctx.needs_input_grad[2 : 2 + len(sizes)], ctx.needs_input_grad[2 + len(sizes) :]
+        grad_weights = (rows.mT @ x.flatten(0, -2)).split(sizes) if any(of_weights) else [None] * len(sizes)
+        grad_biases = rows.sum(0).split(ctx.bias_sizes) if any(of_biases) else [None] * len(of_biases)
         return grad_x, None, *grad_weights, *grad_biases
 
 

@@ -109,10 +109,17 @@ def test_short_rows(length: int, width: int, dtype: torch.dtype) -> None:
     for number, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
         assert a.isfinite().all() and error(a, e) <= 2 * error(b, e), number
     assert all(torch.equal(a, b) for a, b in zip(ours, found("short", dtype), strict=True))
-    leaf = joint.detach().clone().requires_grad_()
-    out = torch.compile(joint_short_attention, fullgraph=True)(leaf)
-    (gradient,) = torch.autograd.grad(out, leaf, weight)
+    # of one tensor; the gradient of what was added to it in all places is the sum of its gradient (of the keys: 0)
+    leaf, bias = joint.detach().clone().requires_grad_(), torch.zeros(3 * 8 * width, device="cuda", requires_grad=True)
+    out = torch.compile(joint_short_attention, fullgraph=True)(leaf, bias)
+    gradient, of_bias = torch.autograd.grad(out, (leaf, bias), weight)
     assert torch.equal(out, ours[0]) and all(torch.equal(a, b) for a, b in zip(gradient.unbind(2), ours[1:], strict=True))
+    (alone,) = torch.autograd.grad(joint_short_attention(leaf), leaf, weight)
+    assert torch.equal(alone, gradient)
+    of_q, of_k, of_v = of_bias.view(3, 8, width)
+    for mine, a, e in ((of_q, theirs[1], exact[1]), (of_v, theirs[3], exact[3])):
+        assert error(mine, e.sum((0, 1))) <= 2 * error(a.double().sum((0, 1)), e.sum((0, 1)))
+    assert not of_k.any() and exact[2].sum((0, 1)).norm() <= 1e-9 * exact[2].norm()
 
 
 @pytest.fixture

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from l3m_like.kernels import short_attention
 from l3m_like.kernels.attention import attention
-from l3m_like.kernels.short_attention import LONGEST, THREADS, _gradients_like, macros, products, shared_bytes, source
+from l3m_like.kernels.short_attention import LONGEST, THREADS, WARPS, _gradients_like, macros, products, shared_bytes, source
 
 HERE = Path(__file__).parent
 HEADS = 5  # for one block: the buffers of keys come round a second time
 
 
-def gradients(folder: Path, qkv: Tensor, grad: Tensor, blocks: int, changed: Sequence[tuple[str, str]] = ()) -> Tensor:
-    """Of qkv [B, S, 3, H, K], by the kernel with some of its text changed."""
+def gradients(
+    folder: Path, qkv: Tensor, grad: Tensor, blocks: int, changed: Sequence[tuple[str, str]] = (), *, summed: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Of qkv [B, S, 3, H, K], by the kernel with some of its text changed; and those of q and v summed over S, [2, B, H, K]."""
     batch, length, _, heads, width = qkv.shape
     text = source(width, qkv.dtype)
     for before, after in changed:
@@ -41,9 +43,10 @@ def gradients(folder: Path, qkv: Tensor, grad: Tensor, blocks: int, changed: Seq
     out = (scores.softmax(-1) @ v).transpose(1, 2).to(qkv.dtype).contiguous()
     sums = scores.logsumexp(-1).float().contiguous()
     found = torch.full_like(qkv, math.nan)
-    tensors = [*qkv.unbind(2), out, grad, sums, *found.unbind(2)]
+    of_places = torch.full((batch, WARPS, heads, 2, width) if summed else (0,), math.nan)
+    tensors = [*qkv.unbind(2), out, grad, sums, *found.unbind(2), of_places]
     ctypes.CDLL(str(built)).run(blocks, *(ctypes.c_void_p(x.data_ptr()) for x in tensors), batch * heads, heads, length)
-    return found
+    return found, of_places.sum(1).movedim(-2, 0) if summed else of_places
 
 
 def exact(qkv: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,7 +61,12 @@ def inputs(length: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def errors(found: Tensor, wanted: Tensor) -> list[float]:
-    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found.unbind(2), wanted.unbind(2), strict=True)]
+    """Of the gradients of q, k and v."""
+    return [error(a, b) for a, b in zip(found.unbind(2), wanted.unbind(2), strict=True)]
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize(
@@ -75,9 +83,18 @@ def test_gradients(length: int, width: int, dtype: torch.dtype, blocks: int, tmp
     """Their errors are at most twice those of torch's attention in the same dtype."""
     qkv, grad = inputs(length, width, dtype)
     wanted = exact(qkv, grad, torch.float64)
-    theirs = errors(exact(qkv, grad, dtype), wanted)
-    ours = errors(gradients(tmp_path, qkv, grad, blocks), wanted)
+    torchs = exact(qkv, grad, dtype)
+    theirs = errors(torchs, wanted)
+    found, of_places = gradients(tmp_path, qkv, grad, blocks)
+    ours = errors(found, wanted)
     assert all(a <= 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+    # their sums over the places: of q and v; that of k is 0 but for rounding
+    for part, total in zip((0, 2), of_places, strict=True):
+        ours_of_sum = error(total, wanted[:, :, part].sum(1))
+        assert ours_of_sum <= 2 * error(torchs[:, :, part].double().sum(1), wanted[:, :, part].sum(1)), (part, ours_of_sum)
+    assert wanted[:, :, 1].sum(1).abs().max() <= 1e-12 * wanted[:, :, 1].abs().sum(1).max()
+    if length < LONGEST:  # nobody asks for the sums
+        torch.testing.assert_close(gradients(tmp_path, qkv, grad, blocks, summed=False)[0], found, rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -93,13 +110,13 @@ def test_gradients(length: int, width: int, dtype: torch.dtype, blocks: int, tmp
 )
 def test_a_fault_is_seen(change: tuple[str, str], tmp_path: Path) -> None:
     qkv, grad = inputs(100, 72, torch.bfloat16)
-    found = gradients(tmp_path, qkv, grad, 1, [change])
+    found, _ = gradients(tmp_path, qkv, grad, 1, [change])
     assert not all(error < 0.02 for error in errors(found, exact(qkv, grad, torch.float64)))
 
 
 def test_sizes() -> None:
     assert shared_bytes(72) <= 227 * 1024  # of a block on Hopper
-    assert "#define WARPS 8\n" in source(72, torch.bfloat16) and THREADS == 32 * 8 + 128
+    assert f"#define WARPS {WARPS}\n" in source(72, torch.bfloat16) and THREADS == 32 * WARPS + 128
     assert "m64n72k16.f32.bf16.bf16" in products(72, "bf16") and products(64, "f16").count("DEVICE") == 3
     joint = torch.empty(2, 80, 3, 4, 64, device="meta")
     assert _gradients_like(joint.select(2, 0)).shape == joint.shape
