@@ -193,7 +193,8 @@ class _Chunks:
         """Room for the gradients of hidden and weight; that of the weight sums over chunks in (at least) float32: in bfloat16
         the later chunks would be rounded away."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        grad_weight = torch.zeros(self.weight.shape, dtype=dtype, device=hidden.device) if need_weight else None
+        make = torch.empty if len(hidden) else torch.zeros  # the first chunk is written, not added
+        grad_weight = make(self.weight.shape, dtype=dtype, device=hidden.device) if need_weight else None
         return torch.empty_like(hidden) if need_hidden else None, grad_weight
 
     def add(self, gradients: tuple[Tensor | None, Tensor | None], slope: Tensor, hidden: Tensor, at: slice) -> None:
@@ -204,8 +205,13 @@ class _Chunks:
             return
         if slope.is_meta:
             pass
-        elif slope.is_cuda and slope.dtype != grad_weight.dtype:  # the product's own fp32 sum is added, without rounding
-            torch.addmm(grad_weight, slope.T, hidden[at], out_dtype=grad_weight.dtype, out=grad_weight)
+        elif slope.is_cuda and slope.dtype != grad_weight.dtype:  # the product's own fp32 sum is taken, without rounding
+            if at.start == 0:
+                torch.mm(slope.T, hidden[at], out_dtype=grad_weight.dtype, out=grad_weight)
+            else:
+                torch.addmm(grad_weight, slope.T, hidden[at], out_dtype=grad_weight.dtype, out=grad_weight)
+        elif at.start == 0:
+            grad_weight.copy_(slope.T @ hidden[at])
         else:
             grad_weight += slope.T @ hidden[at]
 
@@ -224,7 +230,11 @@ class _Chunks:
             return None
         if factor is None:
             return grad.to(self.weight.dtype)
-        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=self.weight.dtype))  # rounds once, in one pass
+        out = torch.empty_like(grad, dtype=self.weight.dtype)  # rounds once, in one pass
+        if self.triton and not grad.is_meta and grad.numel() > 0:
+            _scale_kernel[(triton.cdiv(grad.numel(), _SCALED),)](grad, factor, out, grad.numel(), BLOCK=_SCALED)
+            return out
+        return torch.mul(grad, factor, out=out)
 
 
 def _one_number(grad: Tensor) -> bool:
@@ -279,32 +289,51 @@ def _tanh(x):  # type: ignore[no-untyped-def]
 
 @jit
 def _statistics_kernel(  # type: ignore[no-untyped-def]
-    logits, stride, targets, largest, total, chosen, size, first, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    stride,
+    targets,
+    largest,
+    total,
+    chosen,
+    size,
+    first,
+    cap,
+    CAPPED: tl.constexpr,
+    PLACES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One row per program, read once: running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867)."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    columns = tl.arange(0, BLOCK)
+    # a lane has several places at a time, and one maximum and one correction of its sum for all of them: exponentials limit it
+    place = tl.arange(0, PLACES)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     high = tl.full((BLOCK,), float("-inf"), tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, size, BLOCK):
-        x = tl.load(logits + start + columns, mask=start + columns < size, other=float("-inf")).to(tl.float32)
+    for start in range(0, size, PLACES * BLOCK):
+        x = tl.load(logits + start + place, mask=start + place < size, other=float("-inf")).to(tl.float32)
         if CAPPED:
-            x = tl.where(start + columns < size, cap * _tanh(x / cap), float("-inf"))
-        higher = tl.maximum(high, x)
+            x = tl.where(start + place < size, cap * _tanh(x / cap), float("-inf"))
+        higher = tl.maximum(high, tl.max(x, 0))
         # a lane that has seen nothing but masked places has no maximum to subtract
         shift = tl.where(higher == float("-inf"), 0.0, higher)
-        sums = sums * tl.exp(high - shift) + tl.exp(x - shift)
+        sums = sums * tl.exp(high - shift) + tl.sum(tl.exp(x - shift[None, :]), 0)
         high = higher
     highest = tl.max(high, 0)
     tl.store(largest + row, highest)
     tl.store(total + row, tl.sum(sums * tl.exp(high - highest), 0))
-    place = tl.load(targets + row) - first
-    here = (place >= 0) & (place < size)
-    x = tl.load(logits + place, mask=here, other=0.0).to(tl.float32)
+    target = tl.load(targets + row) - first
+    here = (target >= 0) & (target < size)
+    one = tl.load(logits + target, mask=here, other=0.0).to(tl.float32)
     if CAPPED:
-        x = cap * _tanh(x / cap)
-    tl.store(chosen + row, tl.where(here, x, 0.0))
+        one = cap * _tanh(one / cap)
+    tl.store(chosen + row, tl.where(here, one, 0.0))
+
+
+@jit
+def _scale_kernel(x, factor, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    scaled = tl.load(x + at, mask=at < size) * tl.load(factor)
+    tl.store(out + at, scaled.to(out.dtype.element_ty), mask=at < size)
 
 
 @jit
@@ -332,8 +361,9 @@ def _statistics_triton(logits: Tensor, targets: Tensor, first: int, softcap: flo
     capped = (softcap or 1.0, softcap is not None)
     if logits.is_meta:
         return largest, total, chosen
+    block = min(2048, triton.next_power_of_2(size))
     _statistics_kernel[(rows,)](
-        logits, logits.stride(0), targets, largest, total, chosen, size, first, *capped, BLOCK=_block(size), num_warps=8
+        logits, logits.stride(0), targets, largest, total, chosen, size, first, *capped, PLACES=4, BLOCK=block, num_warps=8
     )
     return largest, total, chosen
 
@@ -353,3 +383,7 @@ def _slope_triton(
 
 def _block(size: int) -> int:
     return min(4096, triton.next_power_of_2(size))
+
+
+#: elements of a program that scales
+_SCALED = 4096

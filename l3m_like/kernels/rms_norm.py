@@ -51,6 +51,13 @@ def rms_norm(
     return rms_norm_reference(x, weight, eps), x
 
 
+def rms_norm_and_residual(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """``(norm of x, x)``; the second is for the residual stream, whose gradient the norm's backward adds."""
+    if use_triton("rms_norm", backend, x, weight, width=x.shape[-1]):
+        return _NormAndResidual.apply(x, weight, eps)
+    return rms_norm_reference(x, weight, eps), x
+
+
 # ---- Triton --------------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +220,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, None]:
     x, weight, inverse = ctx.saved_tensors
     return *_rms_norm_backward(grad, None, x, weight, inverse), None
+
+
+class _NormAndResidual(torch.autograd.Function):
+    """Around the operation, which cannot return its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, inverse = _rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return out, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_sum: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        return *_rms_norm_backward(grad, grad_sum, x, weight, inverse), None
 
 
 def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

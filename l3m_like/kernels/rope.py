@@ -2,8 +2,9 @@
 
 ``q`` [B, S, H, K], ``k`` [B, S, Hkv, K] (of any strides but the last); ``cos`` and ``sin`` [B or 1, S, K] in at least float32:
 positions of more than one axis are other tables, not other kernels. ``q_weight``, ``k_weight`` [K] are the norm's (Qwen3), or
-None. One Triton program has the heads of one token, queries and keys; the backward keeps the inputs only and computes the norm
-again.
+None. A Triton program has the heads of some tokens, queries and keys; the backward keeps the inputs only and computes the norm
+again. Where queries, keys and values are cut from one product (``joint_qk_norm_rope``), it writes their gradients as one tensor,
+and nobody joins them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l3m_like.kernels.launch import jit, power_of_2, resident_programs, tl, triton_op, use_triton, warps, wrap_triton
+from l3m_like.kernels.launch import TUNED, jit, power_of_2, resident_programs, tl, triton_op, use_triton, warps, wrap_triton
 from l3m_like.kernels.rms_norm import rms_norm_reference
 
 
@@ -50,18 +51,55 @@ def qk_norm_rope(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys after the norm (if there are weights) and the rotation (if there are cosines), in their shapes."""
-    if use_triton("rope", backend, q, k, cos, sin, q_weight, k_weight) and _fits(q, k, cos):
-        if q_weight is not None and k_weight is not None:
-            return _norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
-        if q_weight is None and k_weight is None and cos is not None and sin is not None:
-            return _rope(q, k, cos, sin)
+    if _takes(backend, q, k, cos, sin, q_weight, k_weight):
+        return _launched(q, k, cos, sin, q_weight, k_weight, eps)
     return qk_norm_rope_reference(q, k, cos, sin, q_weight, k_weight, eps)
 
 
-def _fits(q: Tensor, k: Tensor, cos: Tensor | None) -> bool:
-    """A program's heads must fit in registers, and the tables must be float32."""
-    heads = q.shape[2] + k.shape[2]
-    return heads * q.shape[3] <= 32768 and q.shape[3] % 2 == 0 and (cos is None or cos.dtype == torch.float32)
+def joint_qk_norm_rope(
+    qkv: Tensor,
+    kv_heads: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``qk_norm_rope`` of queries and keys, and the values, of qkv [B, S, H + 2 kv_heads, K], the heads of all three."""
+    q, k, v = _cut(qkv, kv_heads)
+    if _takes(backend, q, k, cos, sin, q_weight, k_weight):
+        return _JointNormRope.apply(qkv, kv_heads, cos, sin, q_weight, k_weight, eps)
+    return *qk_norm_rope_reference(q, k, cos, sin, q_weight, k_weight, eps), v
+
+
+def _cut(qkv: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
+    return qkv.split((qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+
+
+def _takes(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+) -> bool:
+    """Whether a kernel can: one that has something to do, whose program's heads fit in registers, with float32 tables."""
+    fits = (q.shape[2] + k.shape[2]) * q.shape[3] <= 32768 and q.shape[3] % 2 == 0 and (cos is None or cos.dtype == torch.float32)
+    something = (q_weight is None) == (k_weight is None) and not (q_weight is None and cos is None)
+    return use_triton("rope", backend, q, k, cos, sin, q_weight, k_weight) and fits and something
+
+
+def _launched(
+    q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    if q_weight is not None and k_weight is not None:
+        return _norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
+    assert cos is not None and sin is not None
+    return _rope(q, k, cos, sin)
 
 
 # ---- Triton --------------------------------------------------------------------------------------------------------------
@@ -76,6 +114,7 @@ def _forward_heads(
     out_ptr,
     head_stride,
     eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
+    alive,
     HEADS: tl.constexpr,
     K: tl.constexpr,
     NORM: tl.constexpr,
@@ -87,7 +126,7 @@ def _forward_heads(
     heads = tl.arange(0, HEAD_BLOCK)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     is_column = columns < HALF
-    inside = (heads < HEADS) & is_column
+    inside = (heads < HEADS) & is_column & alive
     place = heads * head_stride + columns
     a = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + place + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -98,10 +137,10 @@ def _forward_heads(
         a = ((a * scale).to(wa.dtype).to(tl.float32) * wa.to(tl.float32)).to(wa.dtype).to(tl.float32)
         b = ((b * scale).to(wb.dtype).to(tl.float32) * wb.to(tl.float32)).to(wb.dtype).to(tl.float32)
     if ROPE:
-        ca = tl.load(cos_ptr + columns, mask=is_column, other=0.0)
-        cb = tl.load(cos_ptr + columns + HALF, mask=is_column, other=0.0)
-        sa = tl.load(sin_ptr + columns, mask=is_column, other=0.0)
-        sb = tl.load(sin_ptr + columns + HALF, mask=is_column, other=0.0)
+        ca = tl.load(cos_ptr + columns, mask=is_column & alive, other=0.0)
+        cb = tl.load(cos_ptr + columns + HALF, mask=is_column & alive, other=0.0)
+        sa = tl.load(sin_ptr + columns, mask=is_column & alive, other=0.0)
+        sb = tl.load(sin_ptr + columns + HALF, mask=is_column & alive, other=0.0)
         turned = a * ca - b * sa
         b = b * cb + a * sb
         a = turned
@@ -128,6 +167,8 @@ def _forward_kernel(
     k_token,
     k_head,
     table_batch,
+    tokens,
+    tokens_each,
     eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     H: tl.constexpr,
     HKV: tl.constexpr,
@@ -137,19 +178,23 @@ def _forward_kernel(
     H_BLOCK: tl.constexpr,
     HKV_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    number = tl.program_id(0).to(tl.int64)
-    row = number // length
-    token = number % length
-    table = row * table_batch + token * K
-    _forward_heads(
-        q_ptr + row * q_batch + token * q_token, q_weight_ptr, cos_ptr + table, sin_ptr + table,
-        q_out_ptr + number * (H * K), q_head, eps, H, K, NORM, ROPE, H_BLOCK, BLOCK,
-    )  # fmt: skip
-    _forward_heads(
-        k_ptr + row * k_batch + token * k_token, k_weight_ptr, cos_ptr + table, sin_ptr + table,
-        k_out_ptr + number * (HKV * K), k_head, eps, HKV, K, NORM, ROPE, HKV_BLOCK, BLOCK,
-    )  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    for done in tl.range(0, tokens_each, num_stages=STAGES):
+        number = program * tokens_each + done
+        alive = number < tokens
+        row = number // length
+        token = number % length
+        table = row * table_batch + token * K
+        _forward_heads(
+            q_ptr + row * q_batch + token * q_token, q_weight_ptr, cos_ptr + table, sin_ptr + table,
+            q_out_ptr + number * (H * K), q_head, eps, alive, H, K, NORM, ROPE, H_BLOCK, BLOCK,
+        )  # fmt: skip
+        _forward_heads(
+            k_ptr + row * k_batch + token * k_token, k_weight_ptr, cos_ptr + table, sin_ptr + table,
+            k_out_ptr + number * (HKV * K), k_head, eps, alive, HKV, K, NORM, ROPE, HKV_BLOCK, BLOCK,
+        )  # fmt: skip
 
 
 @jit
@@ -216,6 +261,7 @@ def _backward_heads(
 def _backward_kernel(
     q_grad_ptr,
     k_grad_ptr,
+    v_grad_ptr,
     q_ptr,
     k_ptr,
     cos_ptr,
@@ -224,6 +270,7 @@ def _backward_kernel(
     k_weight_ptr,
     q_out_ptr,
     k_out_ptr,
+    v_out_ptr,
     partial_ptr,
     tokens,
     tokens_each,
@@ -234,12 +281,17 @@ def _backward_kernel(
     k_grad_batch,
     k_grad_token,
     k_grad_head,
+    v_grad_batch,
+    v_grad_token,
+    v_grad_head,
     q_batch,
     q_token,
     q_head,
     k_batch,
     k_token,
     k_head,
+    q_out_token,
+    k_out_token,
     table_batch,
     eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     H: tl.constexpr,
@@ -247,16 +299,18 @@ def _backward_kernel(
     K: tl.constexpr,
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
+    VALUES: tl.constexpr,  # their gradients are copied to where those of queries and keys are written
     H_BLOCK: tl.constexpr,
     HKV_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     q_a = tl.zeros([H_BLOCK, BLOCK], dtype=tl.float32)
     q_b = tl.zeros([H_BLOCK, BLOCK], dtype=tl.float32)
     k_a = tl.zeros([HKV_BLOCK, BLOCK], dtype=tl.float32)
     k_b = tl.zeros([HKV_BLOCK, BLOCK], dtype=tl.float32)
-    for done in range(tokens_each):
+    for done in tl.range(0, tokens_each, num_stages=STAGES):
         number = program * tokens_each + done
         alive = number < tokens
         row = number // length
@@ -264,14 +318,20 @@ def _backward_kernel(
         table = row * table_batch + token * K
         q_a, q_b = _backward_heads(
             q_grad_ptr + row * q_grad_batch + token * q_grad_token, q_ptr + row * q_batch + token * q_token, q_weight_ptr,
-            cos_ptr + table, sin_ptr + table, q_out_ptr + number * (H * K), q_a, q_b, q_grad_head, q_head, eps, alive,
+            cos_ptr + table, sin_ptr + table, q_out_ptr + number * q_out_token, q_a, q_b, q_grad_head, q_head, eps, alive,
             H, K, NORM, ROPE, H_BLOCK, BLOCK,
         )  # fmt: skip
         k_a, k_b = _backward_heads(
             k_grad_ptr + row * k_grad_batch + token * k_grad_token, k_ptr + row * k_batch + token * k_token, k_weight_ptr,
-            cos_ptr + table, sin_ptr + table, k_out_ptr + number * (HKV * K), k_a, k_b, k_grad_head, k_head, eps, alive,
+            cos_ptr + table, sin_ptr + table, k_out_ptr + number * k_out_token, k_a, k_b, k_grad_head, k_head, eps, alive,
             HKV, K, NORM, ROPE, HKV_BLOCK, BLOCK,
         )  # fmt: skip
+        if VALUES:
+            _backward_heads(
+                v_grad_ptr + row * v_grad_batch + token * v_grad_token, v_grad_ptr, k_weight_ptr, cos_ptr, sin_ptr,
+                v_out_ptr + number * k_out_token, k_a, k_b, v_grad_head, 0, eps, alive,
+                HKV, K, False, False, HKV_BLOCK, BLOCK,
+            )  # fmt: skip
     if NORM:
         HALF: tl.constexpr = K // 2
         columns = tl.arange(0, BLOCK)
@@ -297,6 +357,7 @@ def _sizes(q: Tensor, k: Tensor, kernel: str) -> dict[str, Any]:
         "H_BLOCK": head_block,
         "HKV_BLOCK": power_of_2(kv_heads),
         "BLOCK": block,
+        "STAGES": TUNED[kernel].stages,
         "num_warps": warps(2 * head_block * block, kernel),
     }
 
@@ -317,8 +378,9 @@ def _launch_forward(
     q_out = torch.empty(q.shape, dtype=q.dtype if q_weight is None else q_weight.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype if k_weight is None else k_weight.dtype, device=k.device)
     cos_table, sin_table, table_batch = _tables(cos, sin, q)
+    each = TUNED["rope"].iterations
     if tokens > 0:
-        wrap_triton(_forward_kernel)[(tokens,)](
+        wrap_triton(_forward_kernel)[(-(-tokens // each),)](
             q,
             k,
             cos_table,
@@ -331,6 +393,8 @@ def _launch_forward(
             *q.stride()[:3],
             *k.stride()[:3],
             table_batch,
+            tokens,
+            each,
             eps,
             NORM=q_weight is not None,
             ROPE=cos is not None,
@@ -342,25 +406,36 @@ def _launch_forward(
 def _launch_backward(
     q_grad: Tensor,
     k_grad: Tensor,
+    v_grad: Tensor | None,
     inputs: tuple[Tensor, Tensor] | None,
     tables: tuple[Tensor | None, Tensor | None],
     weights: tuple[Tensor, Tensor] | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of q and k and, if there are ``weights``, partial sums of theirs [programs, 2, K] float32."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q and k; with a ``v_grad``, of all heads [B, S, H + 2 Hkv, K], of which these are parts; and, if there are
+    ``weights``, partial sums of theirs [programs, 2, K] float32."""
     q_grad, k_grad = _dense(q_grad), _dense(k_grad)
     # without a norm the kernel reads no inputs
     q, k = (q_grad, k_grad) if inputs is None else (_dense(inputs[0]), _dense(inputs[1]))
     q_weight, k_weight = (q, k) if weights is None else weights
-    tokens = q.shape[0] * q.shape[1]
+    batch, length, heads, width = q.shape
+    tokens, kv_heads = batch * length, k.shape[2]
     programs = max(1, min(resident_programs(q.device, "rope_backward"), tokens)) if weights is not None else max(1, tokens)
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    partial = None if weights is None else torch.empty(programs, 2, q.shape[3], dtype=torch.float32, device=q.device)
+    if v_grad is None:
+        joint = None
+        q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        k_out = v_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        v_grad = k_grad
+    else:
+        joint = torch.empty(batch, length, heads + 2 * kv_heads, width, dtype=q.dtype, device=q.device)
+        q_out, k_out, v_out = _cut(joint, kv_heads)
+        v_grad = _dense(v_grad)
+    partial = None if weights is None else torch.empty(programs, 2, width, dtype=torch.float32, device=q.device)
     cos_table, sin_table, table_batch = _tables(*tables, q)
     wrap_triton(_backward_kernel)[(programs,)](
         q_grad,
         k_grad,
+        v_grad,
         q,
         k,
         cos_table,
@@ -369,21 +444,26 @@ def _launch_backward(
         k_weight,
         q_out,
         k_out,
+        v_out,
         q if partial is None else partial,
         tokens,
         -(-tokens // programs),
-        max(1, q.shape[1]),
+        max(1, length),
         *q_grad.stride()[:3],
         *k_grad.stride()[:3],
+        *v_grad.stride()[:3],
         *q.stride()[:3],
         *k.stride()[:3],
+        q_out.stride(1),
+        k_out.stride(1),
         table_batch,
         eps,
         NORM=weights is not None,
         ROPE=tables[0] is not None,
+        VALUES=joint is not None,
         **_sizes(q, k, "rope_backward"),
     )
-    return q_out, k_out, partial
+    return q_out, k_out, joint, partial
 
 
 @triton_op("l3m_like::rope", mutates_args=())
@@ -400,7 +480,7 @@ def _norm_rope(
 
 @triton_op("l3m_like::rope_backward", mutates_args=())
 def _rope_backward(q_grad: Tensor, k_grad: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return _launch_backward(q_grad, k_grad, None, (cos, sin), None, 0.0)[:2]
+    return _launch_backward(q_grad, k_grad, None, None, (cos, sin), None, 0.0)[:2]
 
 
 @triton_op("l3m_like::norm_rope_backward", mutates_args=())
@@ -416,9 +496,36 @@ def _norm_rope_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and, [2, K] float32, of both weights."""
-    q_out, k_out, partial = _launch_backward(q_grad, k_grad, (q, k), (cos, sin), (q_weight, k_weight), eps)
+    q_out, k_out, _, partial = _launch_backward(q_grad, k_grad, None, (q, k), (cos, sin), (q_weight, k_weight), eps)
     assert partial is not None
     return q_out, k_out, partial.sum(0)
+
+
+@triton_op("l3m_like::joint_rope_backward", mutates_args=())
+def _joint_rope_backward(q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient of all heads [B, S, H + 2 Hkv, K]."""
+    joint = _launch_backward(q_grad, k_grad, v_grad, None, (cos, sin), None, 0.0)[2]
+    assert joint is not None
+    return joint
+
+
+@triton_op("l3m_like::joint_norm_rope_backward", mutates_args=())
+def _joint_norm_rope_backward(
+    q_grad: Tensor,
+    k_grad: Tensor,
+    v_grad: Tensor,
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of all heads and, [2, K] float32, of both weights."""
+    q, k, _ = _cut(qkv, k_grad.shape[2])
+    _, _, joint, partial = _launch_backward(q_grad, k_grad, v_grad, (q, k), (cos, sin), (q_weight, k_weight), eps)
+    assert joint is not None and partial is not None
+    return joint, partial.sum(0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -443,3 +550,31 @@ def _backward_norm(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | N
 
 _rope.register_autograd(_backward, setup_context=_setup)
 _norm_rope.register_autograd(_backward_norm, setup_context=_setup_norm)
+
+
+class _JointNormRope(torch.autograd.Function):
+    """Around the operation, which cannot return a part of its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        kv_heads: int,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _cut(qkv, kv_heads)
+        ctx.save_for_backward(None if q_weight is None else qkv, cos, sin, q_weight, k_weight)
+        ctx.eps = eps
+        return *_launched(q, k, cos, sin, q_weight, k_weight, eps), v
+
+    @staticmethod
+    def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
+        if q_weight is None:
+            return _joint_rope_backward(q_grad, k_grad, v_grad, cos, sin), *[None] * 6
+        joint, sums = _joint_norm_rope_backward(q_grad, k_grad, v_grad, qkv, cos, sin, q_weight, k_weight, ctx.eps)
+        return joint, None, None, None, sums[0].to(q_weight.dtype), sums[1].to(k_weight.dtype), None

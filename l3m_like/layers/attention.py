@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal, Ones, XavierUniform, Zeros
 from l3m_like.kernels.attention import LoweredMask, attention, check_backend
-from l3m_like.kernels.rope import norm_rope, qk_norm_rope
+from l3m_like.kernels.rope import joint_qk_norm_rope, norm_rope, qk_norm_rope
 from l3m_like.kernels.select import selected
 from l3m_like.kernels.short_attention import joint_short_attention
 from l3m_like.layers.cache import LayerCache
@@ -130,6 +130,11 @@ class Attention(nn.Module):
             k, v = kv
             q = self._ordered(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
             q = norm_rope(q, cos, sin, q_weight, self.norm_eps)
+        elif joins(x, self.q_proj, self.k_proj, self.v_proj) and not self.interleaved:
+            qkv = joined_output(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (-1, self.head_dim))
+            q, k, v = joint_qk_norm_rope(
+                qkv, self.num_kv_heads, cos, sin, q_weight, k_weight, self.norm_eps, backend=self.rope_backend
+            )
         else:
             q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in joint_linear(x, self.q_proj, self.k_proj, self.v_proj))
             q, k = self._ordered(q), self._ordered(k)

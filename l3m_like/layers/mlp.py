@@ -13,7 +13,7 @@ from l3m_like.core.init import Init, Normal, Zeros
 from l3m_like.kernels.gelu import linear_gelu
 from l3m_like.kernels.select import selected
 from l3m_like.kernels.swiglu import swiglu
-from l3m_like.layers.linear import is_ordinary, joint_linear, linear
+from l3m_like.layers.linear import is_ordinary, joined_output, joins, linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -54,7 +54,11 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor, *, biased: bool = True) -> Tensor:
         """``biased=False``: as ``MLP.forward``."""
         x = x.to(self.up.weight.dtype)
-        return linear(swiglu(*joint_linear(x, self.gate, self.up), backend=self.backend), self.down, biased=biased)
+        if joins(x, self.gate, self.up):
+            hidden = swiglu(joined_output(x, self.gate, self.up), backend=self.backend)
+        else:
+            hidden = swiglu(self.gate(x), self.up(x), backend=self.backend)
+        return linear(hidden, self.down, biased=biased)
 
     def flops(self, tokens: int) -> int:
         return 6 * tokens * self.dim * self.hidden_dim

@@ -16,7 +16,7 @@ from l3m_like.kernels.modulated_norm import (
     modulated_norm,
     modulated_norm_and_residual,
 )
-from l3m_like.kernels.rms_norm import rms_norm
+from l3m_like.kernels.rms_norm import rms_norm, rms_norm_and_residual
 from l3m_like.kernels.select import selected
 
 
@@ -44,13 +44,18 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps, backend=self.backend)
         return rms_norm(x, self.weight, self.eps, residual, backend=self.backend)
 
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(norm of x, x)``: the second, for the residual stream, gives its gradient to the norm's backward."""
+        return rms_norm_and_residual(x, self.weight, self.eps, backend=self.backend)
+
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """As ``LayerNorm.modulated``."""
         return self(x) * (1 + scale) + shift
 
     def with_residual(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """As ``LayerNorm.with_residual``."""
-        return self.modulated(x, shift, scale), x
+        normed, x = self.fork(x)
+        return normed * (1 + scale) + shift, x
 
     def of_sum(
         self, x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None = None
@@ -106,6 +111,10 @@ class AffineLayerNorm(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         out = F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.bias.to(wide), self.eps).to(x.dtype)
         return out if residual is None else (out, x)
+
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``RMSNorm.fork``."""
+        return self(x), x
 
 
 #: by their names in configs

@@ -68,7 +68,8 @@ class TransformerLayer(nn.Module):
 
         ``keep`` [2, B]: factors on what the mixer and the MLP add to each row (stochastic depth).
         """
-        mixed = self.mixer(self.norm_1(x), rope, mask, cache, *(() if kv is None else (kv,)))
+        normed, x = self.norm_1.fork(x)
+        mixed = self.mixer(normed, rope, mask, cache, *(() if kv is None else (kv,)))
         mixed, *given = mixed if isinstance(mixed, tuple) else (mixed,)
         normed, x = self.norm_2(mixed if keep is None else mixed * keep[0].view(-1, 1, 1), residual=x)
         out, *routing = self.mlp(normed, valid) if self.routes else (self.mlp(normed),)
@@ -121,7 +122,7 @@ class ParallelLayer(nn.Module):
         mask: LoweredMask | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        normed = self.norm(x)
+        normed, x = self.norm.fork(x)
         return x + self.mixer(normed, rope, mask, cache) + self.mlp(normed)
 
     def flops(self, tokens: int, pairs: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from against import check, randn
 from torch import Tensor
 
-from l3m_like.kernels.rope import qk_norm_rope
+from l3m_like.kernels.rope import joint_qk_norm_rope, qk_norm_rope
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -71,6 +71,22 @@ def test_gradients_as_attention_gives_them() -> None:
         return q.transpose(1, 2) * 1, k.transpose(1, 2) * 1
 
     check(call, [randn(2, 4, 3, 12), randn(2, 4, 1, 12), randn(12), randn(12, seed=1)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("rotated", [True, False])
+def test_joint(normed: bool, rotated: bool, dtype: torch.dtype) -> None:
+    """Queries, keys and values of one tensor, with one gradient; the last dimension is cut from something wider."""
+    cos, sin = tables(1, 5, 12)
+
+    def call(qkv: Tensor, *weights: Tensor, backend: str) -> Any:
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        turns = (cos.to(wide), sin.to(wide)) if rotated else (None, None)
+        q, k, v = joint_qk_norm_rope(qkv[..., :12], 2, *turns, *(weights or (None, None)), 1e-5, backend=backend)
+        return q.transpose(1, 2) * 1, k.transpose(1, 2) * 1, v.transpose(1, 2) * 1
+
+    check(call, [randn(2, 5, 3 + 2 + 2, 16), *((randn(12), randn(12, seed=1)) if normed else ())], dtype)
 
 
 def test_neither() -> None:
