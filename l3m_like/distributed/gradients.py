@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
 from l3m_like.distributed.mesh import Mesh
+from l3m_like.kernels.squares import sum_of_squares
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -65,13 +66,10 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
             groups[(None, ())].append(gradient)
     total: Tensor | None = None
     for (device_mesh, axes), tensors in groups.items():
-        alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)  # a launch is of one dtype
         for tensor in tensors:
             alike[tensor.dtype].append(tensor)
-        norms: list[Tensor] = []
-        for dtype, some in alike.items():  # of several dtypes in one call torch takes each tensor by itself
-            norms += torch._foreach_norm(some, 2.0, dtype=torch.promote_types(dtype, torch.float32))
-        square = torch.stack(norms).square().sum()
+        square = torch.stack([sum_of_squares(some) for some in alike.values()]).sum()
         for axis in axes:
             dist.all_reduce(square, group=device_mesh.get_group(axis))
         total = square if total is None else total + square

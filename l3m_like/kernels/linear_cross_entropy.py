@@ -363,7 +363,7 @@ def _statistics_triton(logits: Tensor, targets: Tensor, first: int, softcap: flo
         return largest, total, chosen
     block = min(2048, triton.next_power_of_2(size))
     _statistics_kernel[(rows,)](
-        logits, logits.stride(0), targets, largest, total, chosen, size, first, *capped, PLACES=4, BLOCK=block, num_warps=8
+        logits, logits.stride(0), targets, largest, total, chosen, size, first, *capped, PLACES=8, BLOCK=block, num_warps=8
     )
     return largest, total, chosen
 
@@ -376,7 +376,7 @@ def _slope_triton(
     if logits.is_meta:
         return logits
     _slope_kernel[(rows,)](
-        logits, logits.stride(0), targets, normalizer, one, every, size, first, *capped, BLOCK=_block(size), num_warps=8
+        logits, logits.stride(0), targets, normalizer, one, every, size, first, *capped, BLOCK=_block(size), num_warps=16
     )
     return logits
 

@@ -270,7 +270,6 @@ def _backward_kernel(
     k_weight_ptr,
     q_out_ptr,
     k_out_ptr,
-    v_out_ptr,
     partial_ptr,
     tokens,
     tokens_each,
@@ -290,8 +289,6 @@ def _backward_kernel(
     k_batch,
     k_token,
     k_head,
-    q_out_token,
-    k_out_token,
     table_batch,
     eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     H: tl.constexpr,
@@ -299,13 +296,17 @@ def _backward_kernel(
     K: tl.constexpr,
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
-    VALUES: tl.constexpr,  # their gradients are copied to where those of queries and keys are written
+    JOINT: tl.constexpr,  # q_out has all heads: those of the values, too, which are copied
     H_BLOCK: tl.constexpr,
     HKV_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
+    Q_TOKEN: tl.constexpr = (H + 2 * HKV) * K if JOINT else H * K
+    K_TOKEN: tl.constexpr = Q_TOKEN if JOINT else HKV * K
+    if JOINT:
+        k_out_ptr = q_out_ptr + H * K
     q_a = tl.zeros([H_BLOCK, BLOCK], dtype=tl.float32)
     q_b = tl.zeros([H_BLOCK, BLOCK], dtype=tl.float32)
     k_a = tl.zeros([HKV_BLOCK, BLOCK], dtype=tl.float32)
@@ -318,18 +319,18 @@ def _backward_kernel(
         table = row * table_batch + token * K
         q_a, q_b = _backward_heads(
             q_grad_ptr + row * q_grad_batch + token * q_grad_token, q_ptr + row * q_batch + token * q_token, q_weight_ptr,
-            cos_ptr + table, sin_ptr + table, q_out_ptr + number * q_out_token, q_a, q_b, q_grad_head, q_head, eps, alive,
+            cos_ptr + table, sin_ptr + table, q_out_ptr + number * Q_TOKEN, q_a, q_b, q_grad_head, q_head, eps, alive,
             H, K, NORM, ROPE, H_BLOCK, BLOCK,
         )  # fmt: skip
         k_a, k_b = _backward_heads(
             k_grad_ptr + row * k_grad_batch + token * k_grad_token, k_ptr + row * k_batch + token * k_token, k_weight_ptr,
-            cos_ptr + table, sin_ptr + table, k_out_ptr + number * k_out_token, k_a, k_b, k_grad_head, k_head, eps, alive,
+            cos_ptr + table, sin_ptr + table, k_out_ptr + number * K_TOKEN, k_a, k_b, k_grad_head, k_head, eps, alive,
             HKV, K, NORM, ROPE, HKV_BLOCK, BLOCK,
         )  # fmt: skip
-        if VALUES:
+        if JOINT:
             _backward_heads(
                 v_grad_ptr + row * v_grad_batch + token * v_grad_token, v_grad_ptr, k_weight_ptr, cos_ptr, sin_ptr,
-                v_out_ptr + number * k_out_token, k_a, k_b, v_grad_head, 0, eps, alive,
+                k_out_ptr + number * K_TOKEN + HKV * K, k_a, k_b, v_grad_head, 0, eps, alive,
                 HKV, K, False, False, HKV_BLOCK, BLOCK,
             )  # fmt: skip
     if NORM:
@@ -411,8 +412,8 @@ def _launch_backward(
     tables: tuple[Tensor | None, Tensor | None],
     weights: tuple[Tensor, Tensor] | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q and k; with a ``v_grad``, of all heads [B, S, H + 2 Hkv, K], of which these are parts; and, if there are
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of q and k, or with a ``v_grad`` that of all heads [B, S, H + 2 Hkv, K] in place of the first; and, if there are
     ``weights``, partial sums of theirs [programs, 2, K] float32."""
     q_grad, k_grad = _dense(q_grad), _dense(k_grad)
     # without a norm the kernel reads no inputs
@@ -421,15 +422,10 @@ def _launch_backward(
     batch, length, heads, width = q.shape
     tokens, kv_heads = batch * length, k.shape[2]
     programs = max(1, min(resident_programs(q.device, "rope_backward"), tokens)) if weights is not None else max(1, tokens)
-    if v_grad is None:
-        joint = None
-        q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        k_out = v_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-        v_grad = k_grad
-    else:
-        joint = torch.empty(batch, length, heads + 2 * kv_heads, width, dtype=q.dtype, device=q.device)
-        q_out, k_out, v_out = _cut(joint, kv_heads)
-        v_grad = _dense(v_grad)
+    # torch.compile would copy views that are written: of one tensor, the kernel finds the parts
+    q_out = torch.empty(batch, length, heads + (0 if v_grad is None else 2 * kv_heads), width, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape if v_grad is None else (0,), dtype=k.dtype, device=k.device)
+    joint, v_grad = v_grad is not None, k_grad if v_grad is None else _dense(v_grad)
     partial = None if weights is None else torch.empty(programs, 2, width, dtype=torch.float32, device=q.device)
     cos_table, sin_table, table_batch = _tables(*tables, q)
     wrap_triton(_backward_kernel)[(programs,)](
@@ -444,7 +440,6 @@ def _launch_backward(
         k_weight,
         q_out,
         k_out,
-        v_out,
         q if partial is None else partial,
         tokens,
         -(-tokens // programs),
@@ -454,16 +449,14 @@ def _launch_backward(
         *v_grad.stride()[:3],
         *q.stride()[:3],
         *k.stride()[:3],
-        q_out.stride(1),
-        k_out.stride(1),
         table_batch,
         eps,
         NORM=weights is not None,
         ROPE=tables[0] is not None,
-        VALUES=joint is not None,
+        JOINT=joint,
         **_sizes(q, k, "rope_backward"),
     )
-    return q_out, k_out, joint, partial
+    return q_out, k_out, partial
 
 
 @triton_op("l3m_like::rope", mutates_args=())
@@ -496,7 +489,7 @@ def _norm_rope_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and, [2, K] float32, of both weights."""
-    q_out, k_out, _, partial = _launch_backward(q_grad, k_grad, None, (q, k), (cos, sin), (q_weight, k_weight), eps)
+    q_out, k_out, partial = _launch_backward(q_grad, k_grad, None, (q, k), (cos, sin), (q_weight, k_weight), eps)
     assert partial is not None
     return q_out, k_out, partial.sum(0)
 
@@ -504,9 +497,7 @@ def _norm_rope_backward(
 @triton_op("l3m_like::joint_rope_backward", mutates_args=())
 def _joint_rope_backward(q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Gradient of all heads [B, S, H + 2 Hkv, K]."""
-    joint = _launch_backward(q_grad, k_grad, v_grad, None, (cos, sin), None, 0.0)[2]
-    assert joint is not None
-    return joint
+    return _launch_backward(q_grad, k_grad, v_grad, None, (cos, sin), None, 0.0)[0]
 
 
 @triton_op("l3m_like::joint_norm_rope_backward", mutates_args=())
@@ -523,8 +514,8 @@ def _joint_norm_rope_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of all heads and, [2, K] float32, of both weights."""
     q, k, _ = _cut(qkv, k_grad.shape[2])
-    _, _, joint, partial = _launch_backward(q_grad, k_grad, v_grad, (q, k), (cos, sin), (q_weight, k_weight), eps)
-    assert joint is not None and partial is not None
+    joint, _, partial = _launch_backward(q_grad, k_grad, v_grad, (q, k), (cos, sin), (q_weight, k_weight), eps)
+    assert partial is not None
     return joint, partial.sum(0)
 
 
