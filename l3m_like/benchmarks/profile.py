@@ -27,7 +27,7 @@ CLASSES = {
     "copy and cast": r"^memcpy|^memset|copykernel|copyfunctor|foreach_copy|direct_copy|sizes_copy|chunk_cat|aten::(_to_)?copy_?",
     "attention": r"flash|fmha|sdpa|attention|attn|dot_do_o",
     "GEMM": r"gemm|nvjet|cutlass|splitk|gemv|cublas|xmma|triton_tem.*mm|aten::(addmm|mm|bmm|linear|matmul)\b|mkldnn_linear",
-    "optimizer": r"multi_tensor_apply|adam|aten::_foreach|lerp|^_(muon|ema)_",
+    "optimizer": r"multi_tensor_apply|adam|aten::_foreach|lerp|^_(muon|ema|squares)_",
     "elementwise/Triton": r"",
 }
 

@@ -20,8 +20,8 @@ from l3m_like.kernels.modulated_norm import (
     modulated_norm,
     modulated_norm_and_residual,
 )
-from l3m_like.kernels.rms_norm import rms_norm
-from l3m_like.kernels.rope import qk_norm_rope
+from l3m_like.kernels.rms_norm import rms_norm, rms_norm_and_residual
+from l3m_like.kernels.rope import joint_qk_norm_rope, qk_norm_rope
 from l3m_like.kernels.select import AUTO, in_use, selecting
 from l3m_like.kernels.swiglu import swiglu
 from l3m_like.layers import MLP, Attention, DiTLayer, Rope, SwiGLU, TransformerLayer
@@ -57,6 +57,17 @@ def of_fused(qkv: Tensor, *weights: Tensor, backend: str) -> Any:
     return rope_of(q.unflatten(-1, (4, 128)), k.unflatten(-1, (2, 128)), *weights, backend=backend)
 
 
+def joint_rope_of(qkv: Tensor, *weights: Tensor, backend: str) -> Any:
+    """Two heads of keys and two of values are the last; values return as they are, and their gradient among the others."""
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    cos, sin = (table.to(dtype) for table in Rope(qkv.shape[-1], 1e4)(torch.arange(qkv.shape[1], device=qkv.device)))
+    return joint_qk_norm_rope(qkv, 2, cos, sin, *(weights or (None, None)), 1e-6, backend=backend)
+
+
+def fork(x: Tensor, weight: Tensor, *, backend: str) -> Any:
+    return rms_norm_and_residual(x, weight, 1e-6, backend=backend)
+
+
 def modulated_of_one(x: Tensor, branch: Tensor, modulation: Tensor, *bias: Tensor, backend: str) -> Any:
     """Vectors cut out of one tensor, as a layer does it."""
     gate, shift, scale = modulation.chunk(3, dim=-1)
@@ -72,6 +83,7 @@ OPS = {
     "rms_norm_odd": Op(lambda x, w, *, backend: rms_norm(x, w, 1e-6, backend=backend), [(2001, 1000), (1000,)]),
     "rms_norm_wide": Op(lambda x, w, *, backend: rms_norm(x, w, 1e-6, backend=backend), [(515, 8192), (8192,)]),
     "rms_norm_of_sum": Op(norm_of_sum, [(3, 700, 1024), (3, 700, 1024), (1024,)]),
+    "rms_norm_and_residual": Op(fork, [(3, 700, 2048), (2048,)]),
     "modulated_norm": Op(
         lambda x, shift, scale, *, backend: modulated_norm(x, shift, scale, 1e-6, backend=backend),
         [(9, 256, 1152), (9, 1, 1152), (9, 1, 1152)],
@@ -89,6 +101,8 @@ OPS = {
     "norm_rope_odd": Op(rope_of, [(2, 301, 12, 72), (2, 301, 3, 72), (72,), (72,)]),
     "norm_rope_fused": Op(of_fused, [(2, 511, 8 * 128), (128,), (128,)]),
     "rope": Op(rope_of, [(2, 511, 32, 64), (2, 511, 8, 64)]),
+    "joint_norm_rope": Op(joint_rope_of, [(2, 511, 4 + 2 + 2, 128), (128,), (128,)]),
+    "joint_rope": Op(joint_rope_of, [(2, 511, 6 + 2 + 2, 64)]),
     "gelu_tanh": Op(partial(linear_gelu, tanh=True), [(3, 500, 384), (1536, 384), (1536,)]),
     "gelu": Op(partial(linear_gelu, tanh=False), [(3, 500, 200), (1000, 200), (1000,)]),
     "swiglu": Op(swiglu, [(3, 500, 6144), (3, 500, 6144)]),
