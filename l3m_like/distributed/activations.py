@@ -118,6 +118,7 @@ def apply_checkpointing(units: Sequence[nn.Module], mode: str | int | Mapping[st
     context: dict[str, Any] = {"context_fn": functools.partial(_contexts, chosen)} if chosen.save else {}
     for unit in units[:: chosen.every]:
         unit.forward = _checkpointed(unit.forward, context)  # type: ignore[method-assign]
+        unit.recomputed = True  # type: ignore[assignment]
 
 
 def _checkpointed(forward: Forward, context: Mapping[str, Any]) -> Forward:

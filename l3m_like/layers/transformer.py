@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +196,14 @@ class LadderLayer(nn.Module):
         return norm_spec("norm_1", self.norm_1) | norm_spec("norm_2", self.norm_2)
 
 
+class Due(NamedTuple):
+    """What a ``DiTLayer`` has not yet added to its x: ``gate * (branch + bias)``; gate [B, D], branch [B, S, D], bias [D]."""
+
+    gate: Tensor
+    branch: Tensor
+    bias: Tensor
+
+
 class DiTLayer(nn.Module):
     """adaLN-Zero layer (arXiv:2212.09748): ``x += gate * mixer(norm(x) (1 + scale) + shift)``, then the MLP likewise; shift,
     scale and gate of both branches come from the condition. DiT^DH (RAE, arXiv:2510.11690) has RMSNorms, rotary positions, and in
@@ -232,18 +240,48 @@ class DiTLayer(nn.Module):
                 part.weight_init = XavierUniform()
 
     def forward(
-        self, x: Tensor, condition: Tensor, rope: tuple[Tensor, Tensor] | None = None, mask: LoweredMask | None = None
-    ) -> Tensor:
-        """x [B, S, D], condition [B, D] or [B, S, D], rope and mask as ``Attention.forward`` takes them -> [B, S, D]."""
+        self,
+        x: Tensor,
+        condition: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: LoweredMask | None = None,
+        due: Due | None = None,
+    ) -> Any:
+        """x [B, S, D], condition [B, D] or [B, S, D], rope and mask as ``Attention.forward`` takes them -> [B, S, D].
+
+        With what is still ``due`` of the layer before, which the first norm adds in its own pass, it returns (x, ``Due``).
+        """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)
-        normed, x = self.norm_1.with_residual(x, shift_1, scale_1)
+        if due is None:
+            normed, x = self.norm_1.with_residual(x, shift_1, scale_1)
+        else:
+            normed, x = self.norm_1.of_sum(x, due.gate.unsqueeze(1), due.branch, shift_1, scale_1, due.bias)
         fused = adds_bias(x, gate_1, backend=self.backend)
         # an RMSNorm has no kernel for the sum before it
         apart = fused and isinstance(self.norm_2, LayerNorm)
         mixed, bias = bias_apart(self.mixer, normed, rope, mask) if apart else (self.mixer(normed, rope, mask), None)
         normed, x = self.norm_2.of_sum(x, gate_1, mixed, shift_2, scale_2, bias)
         out, bias = bias_apart(self.mlp, normed) if fused else (self.mlp(normed), None)
-        return gated_residual(x, gate_2, out, bias, backend=self.backend)
+        if due is None:
+            return gated_residual(x, gate_2, out, bias, backend=self.backend)
+        # a bias in any case, for one graph; FSDP frees this layer's own
+        return x, Due(gate_2.squeeze(1), out, 0 * gate_2[0, 0] if bias is None else bias.clone())
+
+    def can_leave_due(self, x: Tensor, condition: Tensor) -> bool:
+        """Whether the next layer's norm had better add what this one's MLP gives: one pass over x less, forward and backward. Not
+        where the layer is recomputed, which keeps what it is given: one tensor, not two."""
+        fused = condition.dim() == 2 and adds_bias(x, x[:, :1], backend=self.backend)
+        return fused and isinstance(self.norm_1, LayerNorm) and not getattr(self, "recomputed", False)
+
+    def nothing_due(self, x: Tensor, condition: Tensor) -> Due:
+        """For the first layer: 0 times x, in strides and requires_grad like what all others are given, so that it shares their
+        graph."""
+        gate = (0 * condition).to(x.dtype).repeat(1, self.modulation.num).chunk(self.modulation.num, dim=-1)[-1]
+        return Due(gate, x.view_as(x), gate[0])
+
+    def add_due(self, x: Tensor, due: Due) -> Tensor:
+        """What the last layer left."""
+        return gated_residual(x, due.gate.unsqueeze(1), due.branch, due.bias, backend=self.backend)
 
     def flops(self, conditions: int, tokens: int, pairs: int) -> int:
         """Forward FLOPs; ``conditions``: how many vectors modulate."""

@@ -12,6 +12,10 @@ from l3m_like.core.errors import UserError
 from l3m_like.layers.masks import AttentionMask, LayerMasks
 
 
+def _no(*_: Any) -> bool:
+    return False
+
+
 class DiT(ReadWriteBlock):
     """Layers modulated by a condition vector; every token sees every other one (arXiv:2212.09748).
 
@@ -37,9 +41,15 @@ class DiT(ReadWriteBlock):
 
     def compute(self, tokens: Tensor, condition: Tensor) -> Tensor:
         masks = LayerMasks(AttentionMask(), tokens.shape[1], tokens.shape[1], tokens, self.attention_used)
-        for layer in self.layers:
-            tokens = layer(tokens, condition, None, masks.of(layer))
-        return tokens
+        layers: list[Any] = list(self.layers)
+        if not all(getattr(layer, "can_leave_due", _no)(tokens, condition) for layer in layers):
+            for layer in layers:
+                tokens = layer(tokens, condition, None, masks.of(layer))
+            return tokens
+        due = layers[0].nothing_due(tokens, condition)
+        for layer in layers:
+            tokens, due = layer(tokens, condition, None, masks.of(layer), due)
+        return layers[-1].add_due(tokens, due)
 
     def shard_units(self) -> Iterable[nn.Module]:
         return self.layers

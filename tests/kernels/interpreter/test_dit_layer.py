@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
+from l3m_like.blocks import DiT
+from l3m_like.distributed.activations import apply_checkpointing
+from l3m_like.distributed.compiled import Graphs
 from l3m_like.distributed.low_precision import LowPrecision
 from l3m_like.kernels.launch import TUNED
 from l3m_like.kernels.select import selecting
-from l3m_like.layers import MLP, Attention, DiTLayer
+from l3m_like.layers import MLP, Attention, DiTLayer, transformer
 
 B, S, D = 2, 11, 24
 
@@ -26,7 +30,8 @@ B, S, D = 2, 11, 24
 def one_program_per_row() -> Iterator[None]:
     """Less to interpret."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TUNED, "modulated_norm_backward", replace(TUNED["modulated_norm_backward"], programs=1))
+        for kernel in ("modulated_norm_backward", "gated_modulated_norm_backward"):
+            patch.setitem(TUNED, kernel, replace(TUNED[kernel], programs=1))
         yield
 
 
@@ -41,7 +46,7 @@ def layer_with(backend: str) -> DiTLayer:
 
 def trained(layer: nn.Module) -> list[nn.Parameter]:
     # softmax ignores what all keys have in common: the gradient of their bias is noise
-    return [parameter for name, parameter in layer.named_parameters() if name != "mixer.k_proj.bias"]
+    return [parameter for name, parameter in layer.named_parameters() if not name.endswith("mixer.k_proj.bias")]
 
 
 def outputs_and_gradients(layer: nn.Module, call: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -102,3 +107,52 @@ def test_copies_in_half_precision(exact: list[Tensor]) -> None:
     (out * randn(B, S, D, seed=1).half()).sum().backward()
     found = [parameter.grad for parameter in trained(layer) if parameter.grad is not None]
     assert worst(found, exact[3:]) <= 10 * TOLERANCE[torch.float16]
+
+
+LAYERS = 3
+
+
+def trunk_with(backend: str, *, bias: bool = True) -> DiT:
+    with selecting({"modulated_norm": backend}):
+        mlp = partial(MLP, ratio=2.0, bias=bias)
+        trunk = DiT(D, LAYERS, layer=partial(DiTLayer, mixer=partial(Attention, num_heads=2, bias=True), mlp=mlp))
+    torch.manual_seed(0)
+    for parameter in trunk.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return trunk
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_leaves_its_mlp_to_the_next(bias: bool) -> None:
+    """Compiled or not it is the same, and all layers share a graph; recomputed layers are given one tensor, not two."""
+    wide = trunk_with("torch", bias=bias).double()
+    exact = outputs_and_gradients(wide, wide.compute, torch.float64)
+    sums = mock.patch.object(transformer, "gated_residual", wraps=transformer.gated_residual)
+    trunk = trunk_with("triton", bias=bias)
+    with sums as called:
+        found = outputs_and_gradients(trunk, trunk.compute)
+    assert called.call_count == 1 and worst(found, exact) <= 20 * TOLERANCE[torch.float32]
+
+    graphs = Graphs(backend="aot_eager")
+    graphs.compile(list(trunk.layers))
+    for ours, theirs in zip(outputs_and_gradients(trunk, trunk.compute), found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert graphs.counts == {"DiTLayer": {"training": 1, "evaluation": 0}}
+
+    trunk = trunk_with("triton", bias=bias)
+    apply_checkpointing(list(trunk.layers)[:1], "full")
+    with sums as called:
+        assert worst(outputs_and_gradients(trunk, trunk.compute), exact) <= 20 * TOLERANCE[torch.float32]
+    assert called.call_count >= LAYERS
+
+
+def test_copies_of_a_trunk_in_half_precision() -> None:
+    """The last bias of every layer but one is added by the next: its gradient arrives at its own master."""
+    wide, trunk = trunk_with("torch").double(), trunk_with("triton")
+    exact = outputs_and_gradients(wide, wide.compute, torch.float64)
+    LowPrecision(trunk, torch.float16)
+    inputs = {"tokens": randn(B, S, D).half(), "condition": randn(B, D).half()}
+    out = trunk(inputs)["hidden"]
+    (out * randn(B, S, D, seed=1).half()).sum().backward()
+    found = [parameter.grad for parameter in trained(trunk) if parameter.grad is not None]
+    assert worst(found, exact[3:]) <= 20 * TOLERANCE[torch.float16]
