@@ -12,7 +12,7 @@ wants, made once per forward by ``layers/masks.py``.
 | short | cuDNN's forward and a backward of ours for short rows on Hopper (``short_attention.py``), fp16 and bf16 | full |
 | varlen | FlashAttention-2 over document borders, fp16 and bf16 on CUDA | full, causal, windows, documents |
 | flex | torch's FlexAttention, compiled on CUDA | all (block-sparse) |
-| flash_attn | the package flash-attn (2), or flash_attn_interface (3), where it is installed | as varlen |
+| flash_attn | the package flash-attn-4 (Hopper and newer), flash_attn_interface (3) or flash-attn (2), as installed | as varlen |
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l3m_like.core.errors import UserError, did_you_mean
+from l3m_like.kernels import flash_attn_4
+from l3m_like.kernels.flash_attn_4 import flash_attention_4
 from l3m_like.kernels.short_attention import short_attention, short_attention_takes
 
 
@@ -122,9 +124,11 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
     borders, longest = mask.cu_seqlens, mask.max_seqlen
-    causal = mask.window[1] == 0
+    causal = mask.causal if borders is None else mask.window[1] == 0
+    if flash_attn_4.takes(q.device):
+        return flash_attention_4(q, k, v, borders=borders, longest=longest, causal=causal, window=mask.window)
     if borders is None:
-        out = _flash_attn_package()[0](q, k, v, causal=mask.causal)
+        out = _flash_attn_package()[0](q, k, v, causal=causal)
     else:
         flat = (x.flatten(0, 1) for x in (q, k, v))
         out = _flash_attn_package()[1](*flat, borders, borders, longest, longest, causal=causal, window_size=mask.window)
@@ -153,7 +157,10 @@ def check_backend(name: str) -> str:
     if name != "auto" and name not in BACKENDS:
         raise UserError(f"no attention backend '{name}'. {did_you_mean(name, ['auto', *BACKENDS])}")
     if name == "flash_attn" and not any(importlib.util.find_spec(package) for package in _FLASH_ATTN):
-        raise UserError("attention backend flash_attn: the package is not installed (pip install flash-attn). 'auto' needs none.")
+        raise UserError(
+            "attention backend flash_attn: the package is not installed (pip install --pre flash-attn-4, or flash-attn). 'auto' "
+            "needs none."
+        )
     return name
 
 
@@ -179,8 +186,9 @@ def _flash_attn_package() -> tuple[Any, Any]:
     for package in _FLASH_ATTN:
         if importlib.util.find_spec(package):
             module = importlib.import_module(package)
-            return module.flash_attn_func, module.flash_attn_varlen_func
-    raise UserError("attention backend flash_attn: the package is not installed.")
+            if hasattr(module, "flash_attn_func"):  # flash-attn-4 alone makes a flash_attn without
+                return module.flash_attn_func, module.flash_attn_varlen_func
+    raise UserError("attention backend flash_attn: only flash-attn-4 is installed, which needs Hopper or newer.")
 
 
 def _flex_attention(compiled: bool) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from l3m_like.kernels import flash_attn_4
 from l3m_like.kernels.attention import attention, short_takes
 from l3m_like.kernels.short_attention import joint_short_attention
 from l3m_like.layers import AttentionMask, choose_backend, lower
@@ -23,6 +24,8 @@ PACKED = ("documents", "full documents", "window", "windows in documents")
 OTHER = ("prefix", "staged in documents")
 #: backend: the masks it is exact for
 EXACT = {"flash": PLAIN, "cudnn": PLAIN, "varlen": PLAIN + PACKED, "flex": PLAIN + PACKED + OTHER}
+if flash_attn_4.is_installed():
+    EXACT["flash_attn"] = PLAIN + PACKED
 
 
 def documents() -> tuple[Tensor, Tensor]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 from l3m_like.core.errors import UserError
 from l3m_like.kernels import attention as kernel
 from l3m_like.kernels.attention import LoweredMask, attention, check_backend
-from l3m_like.layers import AttentionMask, LayerMasks, choose_backend, lower
+from l3m_like.layers import AttentionMask, LayerMasks, choose_backend, lower, masks
 
 CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [2, 2, 3, 3, 3, 3, 3]], dtype=torch.int32)
@@ -78,8 +81,11 @@ def test_borders_and_window_as_flash_attention_takes_them(kind: str, monkeypatch
             outs.append(attention(*one, LoweredMask("reference", allowed[None, None]))[0])
         return torch.cat(outs)
 
+    def dense(q, k, v, causal):  # type: ignore[no-untyped-def]
+        return attention(q, k, v, LoweredMask(causal=causal))
+
     package = ModuleType("flash_attn")
-    package.flash_attn_varlen_func, package.flash_attn_func = varlen, None  # type: ignore[attr-defined]
+    package.flash_attn_varlen_func, package.flash_attn_func = varlen, dense  # type: ignore[attr-defined]
     monkeypatch.setattr(kernel, "_FLASH_ATTN", ("flash_attn",))
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: name == "flash_attn")
@@ -88,6 +94,92 @@ def test_borders_and_window_as_flash_attention_takes_them(kind: str, monkeypatch
     for a, b in zip(results(MASKS[kind], "flash_attn", qkv), results(MASKS[kind], "reference", qkv), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
     kernel._flash_attn_package.cache_clear()
+
+
+def allowed_of(window: tuple[Any, Any], causal: bool, length: int, borders: Tensor | None) -> Tensor:
+    """FlashAttention-4's arguments as a table of pairs of ``length`` places."""
+    left, right = window
+    place = torch.arange(length)
+    ahead = place[None, :] - place[:, None]
+    right = 0 if causal else right
+    allowed = torch.ones(length, length, dtype=torch.bool)
+    if right is not None:
+        allowed &= ahead <= right
+    if left is not None:
+        allowed &= -ahead <= left
+    if borders is not None:
+        document = torch.bucketize(place, borders[1:].long(), right=True)
+        allowed &= document[None, :] == document[:, None]
+    return allowed
+
+
+class FlashAttention4:
+    """The two functions of flash-attn-4 that are called, in plain torch, with its argument names."""
+
+    def _flash_attn_fwd(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, return_lse: bool, **limits: Any) -> Any:
+        assert return_lse
+        batched = [x.unsqueeze(0) if x.dim() == 3 else x for x in (q, k, v)]
+        borders = limits.get("cu_seqlens_q")
+        assert borders is None or (limits["max_seqlen_q"] == limits["max_seqlen_k"] == 7 and borders is limits["cu_seqlens_k"])
+        window = limits["window_size_left"], limits["window_size_right"]
+        allowed = allowed_of(window, causal, batched[0].shape[1], borders)
+        out = attention(*batched, LoweredMask("reference", allowed[None, None]))
+        return out.view(q.shape), torch.zeros(1)
+
+    def _flash_attn_bwd(  # type: ignore[no-untyped-def]
+        self, q, k, v, out, grad, sums, *, causal: bool, deterministic: bool, **limits: Any
+    ) -> tuple[Tensor, ...]:
+        assert not deterministic
+        shapes = [x.shape for x in (q, k, v)]
+        q, k, v, grad = (x.unsqueeze(0) if x.dim() == 3 else x for x in (q, k, v, grad))
+        window = limits["window_size_left"], limits["window_size_right"]
+        allowed = allowed_of(window, causal, q.shape[1], limits.get("cu_seqlens_q"))
+        q, grad = (x.unflatten(2, (k.shape[2], -1)) for x in (q, grad))
+        scale = q.shape[-1] ** -0.5
+        scores = torch.einsum("bqhgk,bshk->bhgqs", q, k) * scale
+        weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+        of_weights = torch.einsum("bqhgk,bshk->bhgqs", grad, v)
+        of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * scale
+        found = (
+            torch.einsum("bhgqs,bshk->bqhgk", of_scores, k),
+            torch.einsum("bhgqs,bqhgk->bshk", of_scores, q),
+            torch.einsum("bhgqs,bqhgk->bshk", weights, grad),
+        )
+        return tuple(x.reshape(shape) for x, shape in zip(found, shapes, strict=True))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MASKS if "prefix" not in kind and "staged" not in kind])
+def test_arguments_of_flash_attention_4(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel.flash_attn_4, "takes", lambda device: True)
+    monkeypatch.setattr(kernel.flash_attn_4, "_package", FlashAttention4)
+    qkv = inputs(2)
+    for a, b in zip(results(MASKS[kind], "flash_attn", qkv), results(MASKS[kind], "reference", qkv), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_flash_attention_4_is_taken_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, long = torch.device("cuda"), kernel.flash_attn_4.SHORTEST
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(masks, "cudnn_takes", lambda head_dim, device: True)
+    monkeypatch.setattr(kernel.flash_attn_4, "is_installed", lambda: True)
+    monkeypatch.setattr(kernel.flash_attn_4, "_package", object)
+    kernel.flash_attn_4.is_fastest.cache_clear()
+    choose = partial(choose_backend, "auto", device=gpu, dtype=torch.bfloat16)
+    causal, full = AttentionMask("causal"), AttentionMask("full")
+    assert choose(causal, long, long, 128) == "flash_attn"
+    assert {choose(causal, long // 2, long // 2, 128), choose(causal, long, long, 64), choose(full, long, long, 128)} == {"cudnn"}
+    torch.use_deterministic_algorithms(True)
+    assert choose(causal, long, long, 128) == "flash"
+    torch.use_deterministic_algorithms(False)
+    kernel.flash_attn_4.is_fastest.cache_clear()
+
+
+def test_a_package_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    kernel.flash_attn_4._package.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="l3m_like.kernels.flash_attn_4"):
+        assert kernel.flash_attn_4._package() is None
+    assert "flash-attn-4 is installed, but cannot be used: No module named 'flash_attn'" in caplog.text
+    kernel.flash_attn_4._package.cache_clear()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MASKS if kind != "full"])
