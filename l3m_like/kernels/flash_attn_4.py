@@ -1,8 +1,7 @@
 """FlashAttention-4 (the package flash-attn-4, ``flash_attn.cute``) as operations that torch.compile takes whole.
 
 q [B, S, H, K], k and v [B, S, Hkv, K], fp16 or bf16; with borders of documents [B * S, H, K]. Its kernels are compiled at their
-first call (about 10 s each). On an H200 the backward pass of 4096 causal places, 16 heads of 128 and 8 of keys takes 0.79 of
-cuDNN's time, the forward 0.91.
+first call (about 10 s each).
 """
 
 from __future__ import annotations
@@ -33,16 +32,6 @@ def takes(device: torch.device) -> bool:
     if device.type != "cuda" or not is_installed() or torch.cuda.get_device_capability(device) < (9, 0):
         return False
     return _package() is not None
-
-
-@functools.cache
-def is_fastest(length: int, head_dim: int, device: torch.device) -> bool:
-    """Whether it was measured to be faster than cuDNN for causal rows of ``length`` places: on Hopper, with heads of 128."""
-    return head_dim == 128 and length >= SHORTEST and takes(device) and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-#: causal rows of so many places or more were measured
-SHORTEST = 4096
 
 
 def flash_attention_4(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.kernels import flash_attn_4
 from l3m_like.kernels.attention import BORDERS, FUSED, LoweredMask, cudnn_takes, short_takes
 from l3m_like.kernels.linear_cross_entropy import IGNORE
 
@@ -85,9 +84,9 @@ def choose_backend(
     """The backend for ``mask``: the one that was asked for, or for "auto" the fastest that is exact.
 
     ``grouped``: query heads share key heads. Measured on Hopper (docs/benchmarks.md): for short rows without a mask cuDNN with a
-    backward pass of ours ("short"), for long causal ones with heads of 128 FlashAttention-4 if it is installed ("flash_attn"),
-    else cuDNN where neither documents, windows nor prefixes are masked, else FlexAttention (FlashAttention-2 over borders takes
-    longer, the longer the list of borders that few documents fill). Elsewhere (CPU, fp32, a key/value cache) SDPA.
+    backward pass of ours ("short"), else cuDNN where neither documents, windows nor prefixes are masked, else FlexAttention
+    (FlashAttention-2 over document borders takes longer, the longer the list of borders that few documents fill). Elsewhere
+    (CPU, fp32, a key/value cache) SDPA. FlashAttention-4 was no faster than cuDNN in a step.
 
     Raises:
         UserError: the backend that was asked for cannot do this mask exactly, with what can.
@@ -104,8 +103,6 @@ def choose_backend(
             if mask.kind == "full" and short_takes(query_length, head_dim, grouped, device):
                 return "short"
             exact = torch.are_deterministic_algorithms_enabled()  # cuDNN's backward pass is not
-            if mask.kind == "causal" and not exact and flash_attn_4.is_fastest(query_length, head_dim, device):
-                return "flash_attn"
             return "cudnn" if cudnn_takes(head_dim, device) and not exact else "flash" if head_dim <= 256 else "sdpa"
         return "flex" if 16 <= head_dim <= 256 else "sdpa"
     problem = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from l3m_like.core.errors import UserError
 from l3m_like.kernels import attention as kernel
 from l3m_like.kernels.attention import LoweredMask, attention, check_backend
-from l3m_like.layers import AttentionMask, LayerMasks, choose_backend, lower, masks
+from l3m_like.layers import AttentionMask, LayerMasks, choose_backend, lower
 
 CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [2, 2, 3, 3, 3, 3, 3]], dtype=torch.int32)
@@ -155,23 +154,6 @@ def test_arguments_of_flash_attention_4(kind: str, monkeypatch: pytest.MonkeyPat
     qkv = inputs(2)
     for a, b in zip(results(MASKS[kind], "flash_attn", qkv), results(MASKS[kind], "reference", qkv), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-
-
-def test_flash_attention_4_is_taken_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, long = torch.device("cuda"), kernel.flash_attn_4.SHORTEST
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(masks, "cudnn_takes", lambda head_dim, device: True)
-    monkeypatch.setattr(kernel.flash_attn_4, "is_installed", lambda: True)
-    monkeypatch.setattr(kernel.flash_attn_4, "_package", object)
-    kernel.flash_attn_4.is_fastest.cache_clear()
-    choose = partial(choose_backend, "auto", device=gpu, dtype=torch.bfloat16)
-    causal, full = AttentionMask("causal"), AttentionMask("full")
-    assert choose(causal, long, long, 128) == "flash_attn"
-    assert {choose(causal, long // 2, long // 2, 128), choose(causal, long, long, 64), choose(full, long, long, 128)} == {"cudnn"}
-    torch.use_deterministic_algorithms(True)
-    assert choose(causal, long, long, 128) == "flash"
-    torch.use_deterministic_algorithms(False)
-    kernel.flash_attn_4.is_fastest.cache_clear()
 
 
 def test_a_package_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
