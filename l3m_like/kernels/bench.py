@@ -164,36 +164,37 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 #: values that ``sweep`` tries, one setting at a time
-CHOICES: dict[str, tuple[int, ...]] = {"elements": (128, 256, 512, 1024), "stages": (1, 2, 3), "programs": (1, 2, 3, 4, 6, 8)}
-_PARTIAL_SUMS = ("rms_norm_backward", "modulated_norm_backward", "rope_backward", "gelu_backward")
-_PIPELINED = ("rms_norm_backward", "modulated_norm_backward")
+CHOICES: dict[str, tuple[int, ...]] = {
+    "elements": (128, 256, 512, 1024),
+    "stages": (1, 2, 3, 4),
+    "programs": (1, 2, 3, 4, 6, 8),
+    "iterations": (1, 2, 4, 8, 16),
+}
+_SUMS = ("elements", "stages", "programs")
+#: ``{case: {kernel: the settings that it has}}``
+_SWEPT: dict[str, dict[str, tuple[str, ...]]] = {
+    "rms_norm of sum": {"rms_norm": ("elements",), "rms_norm_backward": _SUMS},
+    "modulated_norm": {"modulated_norm_backward": _SUMS},
+    "modulated_norm of sum": {"modulated_norm": ("elements", "stages", "iterations"), "gated_modulated_norm_backward": _SUMS},
+    "norm and rope": {"rope": ("elements",), "rope_backward": _SUMS},
+    "gelu, tanh": {"gelu": ("elements",), "gelu_backward": _SUMS},
+    "swiglu": {"swiglu": ("elements",), "swiglu_backward": ("elements",)},
+}
 
 
 def sweep() -> Iterator[str]:
-    """A line per kernel, case and setting: the time of our version with other values of ``launch.TUNED``."""
-    kernels = {
-        "rms_norm of sum": "rms_norm",
-        "modulated_norm of sum": "modulated_norm",
-        "norm and rope": "rope",
-        "gelu, tanh": "gelu",
-        "swiglu": "swiglu",
-    }
+    """A line per kernel, case and setting: the time of our version with other values of ``launch.TUNED``. It has the device to
+    itself: between matrix products that draw all of the power, clocks are lower and other values may win (docs/benchmarks.md)."""
     for case in cases():
-        if case.op not in kernels:
-            continue
-        for kernel in (kernels[case.op], f"{kernels[case.op]}_backward"):
+        for kernel, settings in _SWEPT.get(case.op, {}).items():
             before = launch.TUNED[kernel]
-            for setting, values in CHOICES.items():
-                tiled = kernel in _PARTIAL_SUMS or (kernel == "modulated_norm" and setting == "programs")
-                if (setting == "programs" and not tiled) or (setting == "stages" and kernel not in _PIPELINED):
-                    continue
-                values = tuple(8 * v for v in values) if kernel == "modulated_norm" and setting == "programs" else values
+            for setting in settings:
                 found = []
-                for value in values:
+                for value in CHOICES[setting]:
                     launch.TUNED[kernel] = dataclasses.replace(before, **{setting: value})
                     found.append(f"{value}: {milliseconds(case, case.ours):.4f}")
                 launch.TUNED[kernel] = before
-                yield f"{kernel:24} {case.shape:20} {setting:9} (now {getattr(before, setting)})  {'  '.join(found)}"
+                yield f"{kernel:29} {case.shape:20} {setting:10} (now {getattr(before, setting)})  {'  '.join(found)}"
 
 
 #: batches of Qwen3-1.7B's matrices as Muon has them in work in one process

@@ -163,7 +163,7 @@ def sum_row(a, b):  # type: ignore[no-untyped-def]
 class Tuning:
     """How a kernel is cut up. ``elements``: of a tile per warp. ``programs``: per multiprocessor, of a kernel whose programs keep
     partial sums: no more than run at a time, so that all end together. ``iterations``: of a program's loop in a kernel that keeps
-    none. ``stages``: loads of so many iterations are under way."""
+    none. ``stages``: loads of so many iterations are under way, if they fit."""
 
     elements: int = 512
     programs: int = 4
@@ -206,6 +206,21 @@ def warps(elements: int, kernel: str) -> int:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def stages_that_fit(kernel: str, moved: int, device: torch.device) -> int:
+    """``stages`` of ``kernel``, or fewer: what all of them but one load, ``moved`` bytes each, lies in shared memory."""
+    wanted = TUNED[kernel].stages
+    if device.type != "cuda":
+        return wanted
+    room = _shared_memory(device) - 8192  # which sums between warps take
+    return max(1, min(wanted, 1 + room // max(1, moved)))
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have; torch does not know them of AMD's devices."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 65536)
 
 
 def resident_programs(device: torch.device, kernel: str) -> int:

@@ -82,7 +82,7 @@ def linear_cross_entropy(
     if chunk_tokens is None:
         budget = _CHUNK_ELEMENTS["cpu" if hidden.device.type == "cpu" else "cuda"]
         chunks = math.ceil(tokens / max(256, budget // weight.shape[0]))
-        chunk_tokens = 256 * math.ceil(tokens / max(chunks, 1) / 256)  # equal ones, whole tiles of the matrix product
+        chunk_tokens = 256 * math.ceil(max(tokens, 1) / max(chunks, 1) / 256)  # equal ones, whole tiles of the matrix product
     # the gradient of a normalizer is never one number
     at_once = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad) and not normalizer
     factors = None if weights is None else weights.detach().reshape(-1).to(torch.promote_types(hidden.dtype, torch.float32))

@@ -22,6 +22,7 @@ from l3m_like.kernels.launch import (
     jit,
     load_row,
     resident_programs,
+    stages_that_fit,
     store_row,
     sum_row,
     tile,
@@ -195,7 +196,7 @@ def _backward_kernel(
     REST: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-    HELD: tl.constexpr,  # gate and scale stay in registers; else they are read for every token, from the cache
+    HELD: tl.constexpr,  # gate and scale stay in registers; else they are read again for every token
 ):
     program = tl.program_id(0).to(tl.int64)
     row = program // tiles
@@ -274,22 +275,29 @@ def _backward_kernel(
         store_row(partial_ptr, partial + 2 * D, always, of_gate0, of_gate1, D, HEAD, REST)
 
 
-def _forward_cut(x: Tensor) -> tuple[int, int, dict[str, int]]:
-    """``(tiles of a row, tokens of a tile, launch arguments)``: small tiles, as no sums over tokens are kept."""
+def _forward_cut(x: Tensor, read: int) -> tuple[int, int, dict[str, int]]:
+    """``(tiles of a row, tokens of a tile, launch arguments)``: small tiles, as no sums over tokens are kept. ``read``: how many
+    tensors like ``x``."""
     length, dim = x.shape[1:]
     sizes, tuned = tile(dim, "modulated_norm"), TUNED["modulated_norm"]
     tokens = sizes["ROWS"] * tuned.iterations
-    return max(1, -(-length // tokens)), tokens, {"STAGES": tuned.stages, **sizes}
+    stages = stages_that_fit("modulated_norm", _bytes(x, sizes, read), x.device)
+    return max(1, -(-length // tokens)), tokens, {"STAGES": stages, **sizes}
 
 
-def _backward_cut(x: Tensor, kernel: str = "modulated_norm_backward") -> tuple[int, int, dict[str, int]]:
+def _backward_cut(x: Tensor, read: int, kernel: str = "modulated_norm_backward") -> tuple[int, int, dict[str, int]]:
     """The same: about as many tiles in all as ``kernel`` has programs."""
     batch, length, dim = x.shape
     tiles = max(1, min(length, resident_programs(x.device, kernel) // max(1, batch)))
-    tokens = max(1, -(-length // tiles))
+    tokens, sizes = max(1, -(-length // tiles)), tile(dim, kernel)
     # the sums of both leave no registers for gate and scale
     held = kernel != "gated_modulated_norm_backward"
-    return max(1, -(-length // tokens)), tokens, {"STAGES": TUNED[kernel].stages, "HELD": held, **tile(dim, kernel)}
+    stages = stages_that_fit(kernel, _bytes(x, sizes, read), x.device)
+    return max(1, -(-length // tokens)), tokens, {"STAGES": stages, "HELD": held, **sizes}
+
+
+def _bytes(x: Tensor, sizes: dict[str, int], read: int) -> int:
+    return read * sizes["ROWS"] * (sizes["HEAD"] + sizes["REST"]) * x.element_size()
 
 
 def _empty(x: Tensor, *others: Tensor) -> Tensor:
@@ -317,7 +325,7 @@ def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tupl
     batch, length, dim = x.shape
     out = _empty(x, shift, scale)
     statistics = torch.empty(batch, length, 2, dtype=torch.float32, device=x.device)
-    tiles, tokens, sizes = _forward_cut(x)
+    tiles, tokens, sizes = _forward_cut(x, 1)
     wrap_triton(_forward_kernel)[(batch * tiles,)](
         x, x, x, shift, shift, scale, out, x, statistics, length, tiles, tokens,
         0, shift.stride(0), scale.stride(0), eps, D=dim, GATED=False, BIASED=False, NORM=True, **sizes,
@@ -336,7 +344,7 @@ def _gated_modulated_norm(
     total = _empty(x, gate, branch)
     out = _empty(total, shift, scale)
     statistics = torch.empty(batch, length, 2, dtype=torch.float32, device=x.device)
-    tiles, tokens, sizes = _forward_cut(x)
+    tiles, tokens, sizes = _forward_cut(x, 2)
     wrap_triton(_forward_kernel)[(batch * tiles,)](
         x, branch, _or_any(bias, x), gate, shift, scale, out, total, statistics, length, tiles, tokens,
         gate.stride(0), shift.stride(0), scale.stride(0), eps,
@@ -350,7 +358,7 @@ def _gated_residual(x: Tensor, gate: Tensor, branch: Tensor, bias: Tensor | None
     x, branch, gate = x.contiguous(), branch.contiguous(), _vectors(gate)
     batch, length, dim = x.shape
     total = _empty(x, gate, branch)
-    tiles, tokens, sizes = _forward_cut(x)
+    tiles, tokens, sizes = _forward_cut(x, 2)
     wrap_triton(_forward_kernel)[(batch * tiles,)](
         x, branch, _or_any(bias, x), gate, gate, gate, x, total, x, length, tiles, tokens,
         gate.stride(0), 0, 0, 0.0,
@@ -367,7 +375,7 @@ def _modulated_norm_backward(
     x, grad, scale = x.contiguous(), grad.contiguous(), _vectors(scale)
     residual = grad if grad_sum is None else grad_sum.contiguous()
     batch, length, dim = x.shape
-    tiles, tokens, sizes = _backward_cut(x)
+    tiles, tokens, sizes = _backward_cut(x, 3)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=x.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
@@ -392,7 +400,7 @@ def _gated_modulated_norm_backward(
     total, branch, grad, grad_sum = total.contiguous(), branch.contiguous(), grad.contiguous(), grad_sum.contiguous()
     gate, scale = _vectors(gate), _vectors(scale)
     batch, length, dim = total.shape
-    tiles, tokens, sizes = _backward_cut(total, "gated_modulated_norm_backward")
+    tiles, tokens, sizes = _backward_cut(total, 6, "gated_modulated_norm_backward")
     grad_total = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=total.device)
@@ -409,7 +417,7 @@ def _gated_residual_backward(grad: Tensor, gate: Tensor, branch: Tensor, bias: T
     """Gradients of branch and, [B, 1 or 2, D] float32, of gate and, row by row, bias; that of x is ``grad`` itself."""
     grad, branch, gate = grad.contiguous(), branch.contiguous(), _vectors(gate)
     batch, length, dim = branch.shape
-    tiles, tokens, sizes = _backward_cut(branch)
+    tiles, tokens, sizes = _backward_cut(branch, 2)
     grad_branch = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
     partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=branch.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l3m_like.kernels.launch import (
-    TUNED,
     jit,
     load_row,
     resident_programs,
     rows_of,
+    stages_that_fit,
     store_row,
     tile,
     tl,
@@ -188,6 +188,7 @@ def _rms_norm_backward(
     grad_sum2 = grad2 if grad_sum is None else rows_of(grad_sum)
     sizes = tile(dim, "rms_norm_backward")
     programs = min(resident_programs(x.device, "rms_norm_backward"), max(1, -(-x2.shape[0] // sizes["ROWS"])))
+    moved = (2 if grad_sum is None else 3) * sizes["ROWS"] * (sizes["HEAD"] + sizes["REST"]) * x.element_size()
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(programs, dim, dtype=torch.float32, device=x.device)
     wrap_triton(_backward_kernel)[(programs,)](
@@ -205,7 +206,7 @@ def _rms_norm_backward(
         x2.stride(0),
         D=dim,
         ADD=grad_sum is not None,
-        STAGES=TUNED["rms_norm_backward"].stages,
+        STAGES=stages_that_fit("rms_norm_backward", moved, x.device),
         **sizes,
     )
     return grad_x, partial.sum(0).to(weight.dtype)

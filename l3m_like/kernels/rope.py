@@ -2,7 +2,7 @@
 
 ``q`` [B, S, H, K], ``k`` [B, S, Hkv, K] (of any strides but the last); ``cos`` and ``sin`` [B or 1, S, K] in at least float32:
 positions of more than one axis are other tables, not other kernels. ``q_weight``, ``k_weight`` [K] are the norm's (Qwen3), or
-None. A Triton program has the heads of some tokens, queries and keys; the backward keeps the inputs only and computes the norm
+None. A Triton program has the heads of a token, queries and keys; the backward keeps the inputs only and computes the norm
 again. Where queries, keys and values are cut from one product (``joint_qk_norm_rope``), it writes their gradients as one tensor,
 and nobody joins them.
 """
@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l3m_like.kernels.launch import TUNED, jit, power_of_2, resident_programs, tl, triton_op, use_triton, warps, wrap_triton
+from l3m_like.kernels.launch import (
+    jit,
+    power_of_2,
+    resident_programs,
+    stages_that_fit,
+    tl,
+    triton_op,
+    use_triton,
+    warps,
+    wrap_triton,
+)
 from l3m_like.kernels.rms_norm import rms_norm_reference
 
 
@@ -114,7 +124,6 @@ def _forward_heads(
     out_ptr,
     head_stride,
     eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
-    alive,
     HEADS: tl.constexpr,
     K: tl.constexpr,
     NORM: tl.constexpr,
@@ -126,7 +135,7 @@ def _forward_heads(
     heads = tl.arange(0, HEAD_BLOCK)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     is_column = columns < HALF
-    inside = (heads < HEADS) & is_column & alive
+    inside = (heads < HEADS) & is_column
     place = heads * head_stride + columns
     a = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + place + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -137,10 +146,10 @@ def _forward_heads(
         a = ((a * scale).to(wa.dtype).to(tl.float32) * wa.to(tl.float32)).to(wa.dtype).to(tl.float32)
         b = ((b * scale).to(wb.dtype).to(tl.float32) * wb.to(tl.float32)).to(wb.dtype).to(tl.float32)
     if ROPE:
-        ca = tl.load(cos_ptr + columns, mask=is_column & alive, other=0.0)
-        cb = tl.load(cos_ptr + columns + HALF, mask=is_column & alive, other=0.0)
-        sa = tl.load(sin_ptr + columns, mask=is_column & alive, other=0.0)
-        sb = tl.load(sin_ptr + columns + HALF, mask=is_column & alive, other=0.0)
+        ca = tl.load(cos_ptr + columns, mask=is_column, other=0.0)
+        cb = tl.load(cos_ptr + columns + HALF, mask=is_column, other=0.0)
+        sa = tl.load(sin_ptr + columns, mask=is_column, other=0.0)
+        sb = tl.load(sin_ptr + columns + HALF, mask=is_column, other=0.0)
         turned = a * ca - b * sa
         b = b * cb + a * sb
         a = turned
@@ -167,8 +176,6 @@ def _forward_kernel(
     k_token,
     k_head,
     table_batch,
-    tokens,
-    tokens_each,
     eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     H: tl.constexpr,
     HKV: tl.constexpr,
@@ -178,23 +185,19 @@ def _forward_kernel(
     H_BLOCK: tl.constexpr,
     HKV_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    for done in tl.range(0, tokens_each, num_stages=STAGES):
-        number = program * tokens_each + done
-        alive = number < tokens
-        row = number // length
-        token = number % length
-        table = row * table_batch + token * K
-        _forward_heads(
-            q_ptr + row * q_batch + token * q_token, q_weight_ptr, cos_ptr + table, sin_ptr + table,
-            q_out_ptr + number * (H * K), q_head, eps, alive, H, K, NORM, ROPE, H_BLOCK, BLOCK,
-        )  # fmt: skip
-        _forward_heads(
-            k_ptr + row * k_batch + token * k_token, k_weight_ptr, cos_ptr + table, sin_ptr + table,
-            k_out_ptr + number * (HKV * K), k_head, eps, alive, HKV, K, NORM, ROPE, HKV_BLOCK, BLOCK,
-        )  # fmt: skip
+    number = tl.program_id(0).to(tl.int64)
+    row = number // length
+    token = number % length
+    table = row * table_batch + token * K
+    _forward_heads(
+        q_ptr + row * q_batch + token * q_token, q_weight_ptr, cos_ptr + table, sin_ptr + table,
+        q_out_ptr + number * (H * K), q_head, eps, H, K, NORM, ROPE, H_BLOCK, BLOCK,
+    )  # fmt: skip
+    _forward_heads(
+        k_ptr + row * k_batch + token * k_token, k_weight_ptr, cos_ptr + table, sin_ptr + table,
+        k_out_ptr + number * (HKV * K), k_head, eps, HKV, K, NORM, ROPE, HKV_BLOCK, BLOCK,
+    )  # fmt: skip
 
 
 @jit
@@ -358,7 +361,6 @@ def _sizes(q: Tensor, k: Tensor, kernel: str) -> dict[str, Any]:
         "H_BLOCK": head_block,
         "HKV_BLOCK": power_of_2(kv_heads),
         "BLOCK": block,
-        "STAGES": TUNED[kernel].stages,
         "num_warps": warps(2 * head_block * block, kernel),
     }
 
@@ -379,9 +381,8 @@ def _launch_forward(
     q_out = torch.empty(q.shape, dtype=q.dtype if q_weight is None else q_weight.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype if k_weight is None else k_weight.dtype, device=k.device)
     cos_table, sin_table, table_batch = _tables(cos, sin, q)
-    each = TUNED["rope"].iterations
     if tokens > 0:
-        wrap_triton(_forward_kernel)[(-(-tokens // each),)](
+        wrap_triton(_forward_kernel)[(tokens,)](
             q,
             k,
             cos_table,
@@ -394,8 +395,6 @@ def _launch_forward(
             *q.stride()[:3],
             *k.stride()[:3],
             table_batch,
-            tokens,
-            each,
             eps,
             NORM=q_weight is not None,
             ROPE=cos is not None,
@@ -428,6 +427,10 @@ def _launch_backward(
     joint, v_grad = v_grad is not None, k_grad if v_grad is None else _dense(v_grad)
     partial = None if weights is None else torch.empty(programs, 2, width, dtype=torch.float32, device=q.device)
     cos_table, sin_table, table_batch = _tables(*tables, q)
+    sizes = _sizes(q, k, "rope_backward")
+    # without a norm a program has one token
+    moved = (2 * sizes["H_BLOCK"] + (3 if joint else 2) * sizes["HKV_BLOCK"]) * 2 * sizes["BLOCK"] * q.element_size()
+    stages = 1 if weights is None else stages_that_fit("rope_backward", moved, q.device)
     wrap_triton(_backward_kernel)[(programs,)](
         q_grad,
         k_grad,
@@ -454,7 +457,8 @@ def _launch_backward(
         NORM=weights is not None,
         ROPE=tables[0] is not None,
         JOINT=joint,
-        **_sizes(q, k, "rope_backward"),
+        STAGES=stages,
+        **sizes,
     )
     return q_out, k_out, partial
 

@@ -27,7 +27,8 @@ def sum_of_squares_reference(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """The same, on a GPU by Triton; the order of its additions depends on the tensors' sizes alone."""
+    """The same, on a GPU by Triton; the order of its additions depends on the tensors' sizes, and on whether all of them begin at
+    multiples of 16 bytes."""
     if not HAS_TRITON or tensors[0].dtype not in _DTYPES or not all(tensor.is_cuda for tensor in tensors):
         return sum_of_squares_reference(tensors)
     return squares_pass(tensors)

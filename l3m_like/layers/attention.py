@@ -132,9 +132,8 @@ class Attention(nn.Module):
             q = norm_rope(q, cos, sin, q_weight, self.norm_eps)
         elif joins(x, self.q_proj, self.k_proj, self.v_proj) and not self.interleaved:
             qkv = joined_output(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (-1, self.head_dim))
-            q, k, v = joint_qk_norm_rope(
-                qkv, self.num_kv_heads, cos, sin, q_weight, k_weight, self.norm_eps, backend=self.rope_backend
-            )
+            kv_heads = self.k_proj.weight.shape[0] // self.head_dim
+            q, k, v = joint_qk_norm_rope(qkv, kv_heads, cos, sin, q_weight, k_weight, self.norm_eps, backend=self.rope_backend)
         else:
             q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in joint_linear(x, self.q_proj, self.k_proj, self.v_proj))
             q, k = self._ordered(q), self._ordered(k)

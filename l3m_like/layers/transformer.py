@@ -264,8 +264,8 @@ class DiTLayer(nn.Module):
         out, bias = bias_apart(self.mlp, normed) if fused else (self.mlp(normed), None)
         if due is None:
             return gated_residual(x, gate_2, out, bias, backend=self.backend)
-        # a bias in any case, for one graph; FSDP frees this layer's own
-        return x, Due(gate_2.squeeze(1), out, 0 * gate_2[0, 0] if bias is None else bias.clone())
+        gate = gate_2.squeeze(1).clone()  # FSDP's hooks take no views
+        return x, Due(gate, out, 0 * gate.sum(0) if bias is None else bias.clone())  # FSDP frees this layer's own bias
 
     def can_leave_due(self, x: Tensor, condition: Tensor) -> bool:
         """Whether the next layer's norm had better add what this one's MLP gives: one pass over x less, forward and backward. Not
@@ -274,10 +274,15 @@ class DiTLayer(nn.Module):
         return fused and isinstance(self.norm_1, LayerNorm) and not getattr(self, "recomputed", False)
 
     def nothing_due(self, x: Tensor, condition: Tensor) -> Due:
-        """For the first layer: 0 times x, in strides and requires_grad like what all others are given, so that it shares their
+        """For the first layer: 0 times x, in dtypes and requires_grad like what all others are given, so that they share their
         graph."""
-        gate = (0 * condition).to(x.dtype).repeat(1, self.modulation.num).chunk(self.modulation.num, dim=-1)[-1]
-        return Due(gate, x.view_as(x), gate[0])
+        weights = list(self.modulation.parameters())
+        trained = torch.is_grad_enabled() and (condition.requires_grad or any(weight.requires_grad for weight in weights))
+        gate = torch.zeros(x.shape[0], x.shape[-1], dtype=self.modulation.proj.weight.dtype, device=x.device)
+        last = getattr(self.mlp, self.mlp.last).bias if hasattr(self.mlp, "last") else None
+        bias = gate.new_zeros(x.shape[-1], dtype=gate.dtype if last is None else last.dtype)
+        bias.requires_grad_(trained if last is None else torch.is_grad_enabled() and last.requires_grad)
+        return Due(gate.requires_grad_(trained), x.view_as(x), bias)
 
     def add_due(self, x: Tensor, due: Due) -> Tensor:
         """What the last layer left."""

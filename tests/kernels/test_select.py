@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from l3m_like.config import RunConfig
 from l3m_like.core import random
 from l3m_like.core.errors import UserError
+from l3m_like.kernels import launch
 from l3m_like.kernels.rms_norm import rms_norm
 from l3m_like.kernels.select import AUTO, in_use, selected, selecting
 from l3m_like.layers import RMSNorm
@@ -64,3 +66,19 @@ def test_the_line_at_the_start() -> None:
     )
     with pytest.raises(UserError, match="kernels.swiglu = triton"):
         in_use(choices | {"swiglu": "triton"}, "cpu", "bf16")
+
+
+def test_loads_ahead_fit_into_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three iterations under way are two in shared memory: of wide rows on a small device, fewer, down to none."""
+    gpu = torch.device("cuda")
+    assert launch.TUNED["modulated_norm"].stages == 3
+    fits = partial(launch.stages_that_fit, "modulated_norm", device=gpu)
+    for room, found in ((232_448, [3, 3, 2, 1]), (101_376, [3, 2, 1, 1])):
+        launch._shared_memory.cache_clear()
+        device = SimpleNamespace(shared_memory_per_block_optin=room)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which, device=device: device)
+        assert [fits(moved) for moved in (4_608, 90_000, 200_000, 300_000)] == found
+        for moved in (4_608, 90_000, 200_000):
+            assert (fits(moved) - 1) * moved <= room
+    launch._shared_memory.cache_clear()
+    assert launch.stages_that_fit("modulated_norm", 1 << 30, torch.device("cpu")) == 3  # the interpreter has no such memory

@@ -76,6 +76,8 @@ def error(found: Tensor, wanted: Tensor) -> float:
         pytest.param(256, 72, torch.bfloat16, 2, marks=pytest.mark.slow),
         pytest.param(256, 64, torch.float16, 1, marks=pytest.mark.slow),
         pytest.param(65, 64, torch.float16, 2, marks=pytest.mark.slow),
+        pytest.param(193, 72, torch.bfloat16, 2, marks=pytest.mark.slow),
+        pytest.param(129, 64, torch.bfloat16, 1, marks=pytest.mark.slow),  # an odd number of pairs of steps
     ],
     ids=str,
 )

@@ -30,7 +30,7 @@ from l3m_like.layers import (
     sincos_positions,
     unpatchify,
 )
-from l3m_like.layers.linear import joint_linear
+from l3m_like.layers.linear import joined_bias, joined_output, joint_linear
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -252,3 +252,35 @@ def test_layers_as_one_product(bias: bool, monkeypatch: pytest.MonkeyPatch) -> N
     layers[0].weight.requires_grad_(False)
     joint_linear(x, *layers)[0].sum().backward()
     assert layers[0].weight.grad is None and layers[1].weight.grad is not None
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (0, 1, 2)], ids=str)
+def test_a_bias_whose_gradient_is_found_elsewhere(frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``joined_output`` adds it and gives it no gradient: who is given it as well (short attention) gives it all of it."""
+    monkeypatch.setattr("l3m_like.layers.linear._ROWS", 1)
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(6, width).double() for width in (4, 2, 2)]
+    for number in frozen:
+        layers[number].requires_grad_(False)
+    x = randn(3, 5, 6).requires_grad_()
+    parameters = [p for layer in layers for p in layer.parameters()]
+
+    def gradients(out: torch.Tensor) -> list[torch.Tensor | None]:
+        trained = [x, *(p for p in parameters if p.requires_grad)]
+        return list(torch.autograd.grad(out.sin().sum(), trained, allow_unused=True))
+
+    wanted = gradients(joined_output(x, *layers))
+    bias = joined_bias(*layers)
+    assert bias is not None
+    torch.testing.assert_close(joined_output(x, *layers, bias=bias), joined_output(x, *layers))
+    found = gradients(joined_output(x, *layers, bias=bias))
+    biases = [p.dim() == 1 for p in parameters if p.requires_grad]
+    for a, b, is_bias in zip(found, wanted, [False, *biases], strict=True):
+        assert (a is None) == is_bias
+        if a is not None:
+            torch.testing.assert_close(a, b)
+    # the same product, and the bias's share from where it is said to come
+    for a, b in zip(gradients(joined_output(x, *layers, bias=bias) + (bias - bias.detach())), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    without = [torch.nn.Linear(6, 4, bias=False), torch.nn.Linear(6, 2, bias=False)]
+    assert joined_bias(*without) is None

@@ -146,6 +146,29 @@ def test_a_layer_leaves_its_mlp_to_the_next(bias: bool) -> None:
     assert called.call_count >= LAYERS
 
 
+@pytest.mark.parametrize("frozen", ["condition", "mlp.down.bias", "modulation"])
+def test_a_frozen_part_needs_no_second_graph(frozen: str) -> None:
+    trunk = trunk_with("triton")
+    for name, parameter in trunk.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    graphs = Graphs(backend="aot_eager")
+    graphs.compile(list(trunk.layers))
+    x, condition = randn(B, S, D).float().requires_grad_(), randn(B, D).float().requires_grad_(frozen != "condition")
+    trunk.compute(x, condition).sum().backward()
+    assert graphs.counts == {"DiTLayer": {"training": 1, "evaluation": 0}}
+    assert all((parameter.grad is None) == (frozen in name) for name, parameter in trunk.named_parameters())
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_rows(rows: int) -> None:
+    for backend in ("triton", "torch"):
+        trunk = trunk_with(backend)
+        x = randn(rows, S, D).float().requires_grad_()
+        out = trunk.compute(x, randn(rows, D).float())
+        out.sum().backward()
+        assert x.grad is not None and out.shape == x.grad.shape == (rows, S, D)
+
+
 def test_copies_of_a_trunk_in_half_precision() -> None:
     """The last bias of every layer but one is added by the next: its gradient arrives at its own master."""
     wide, trunk = trunk_with("torch").double(), trunk_with("triton")
