@@ -36,16 +36,18 @@ def compiled(source: str, architecture: str, options: Sequence[str]) -> bytes:
     """
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
     program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
-    flags = [flag.encode() for flag in (f"--gpu-architecture={architecture}", "--std=c++17", *options)]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
-    if int(status):
-        log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise UserError(f"a CUDA kernel does not compile (torch {torch.__version__}):\n{log.decode(errors='replace')}")
-    code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-    _checked(nvrtc.nvrtcGetCUBIN(program, code))
-    nvrtc.nvrtcDestroyProgram(program)
-    return code
+    try:
+        flags = [flag.encode() for flag in (f"--gpu-architecture={architecture}", "--std=c++17", *options)]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+        if int(status):
+            log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise UserError(f"a CUDA kernel does not compile (torch {torch.__version__}):\n{log.decode(errors='replace')}")
+        code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
 
 
 class Kernel:
