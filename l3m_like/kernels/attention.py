@@ -158,8 +158,8 @@ def check_backend(name: str) -> str:
         raise UserError(f"no attention backend '{name}'. {did_you_mean(name, ['auto', *BACKENDS])}")
     if name == "flash_attn" and not any(importlib.util.find_spec(package) for package in _FLASH_ATTN):
         raise UserError(
-            "attention backend flash_attn: the package is not installed (pip install --pre flash-attn-4, or flash-attn). 'auto' "
-            "needs none."
+            "attention backend flash_attn: the package is not installed (the extras flash4, on Hopper and newer, or flash of "
+            "setup.py). 'auto' needs none."
         )
     return name
 
@@ -188,7 +188,7 @@ def _flash_attn_package() -> tuple[Any, Any]:
             module = importlib.import_module(package)
             if hasattr(module, "flash_attn_func"):  # flash-attn-4 alone makes a flash_attn without
                 return module.flash_attn_func, module.flash_attn_varlen_func
-    raise UserError("attention backend flash_attn: only flash-attn-4 is installed, which needs Hopper or newer.")
+    raise UserError("attention backend flash_attn: only flash-attn-4 is installed, which needs Hopper or newer (or fails).")
 
 
 def _flex_attention(compiled: bool) -> Any:

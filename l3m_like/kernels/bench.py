@@ -16,8 +16,8 @@ from l3m_like.kernels import launch
 from l3m_like.kernels.gelu import _bias_gelu
 from l3m_like.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from l3m_like.kernels.modulated_norm import gated_modulated_norm, gated_residual, modulated_norm_and_residual
-from l3m_like.kernels.rms_norm import rms_norm
-from l3m_like.kernels.rope import qk_norm_rope
+from l3m_like.kernels.rms_norm import rms_norm, rms_norm_and_residual
+from l3m_like.kernels.rope import joint_qk_norm_rope, qk_norm_rope
 from l3m_like.kernels.swiglu import swiglu
 
 EPS = 1e-6
@@ -53,6 +53,11 @@ def cases() -> Iterator[Case]:
             lambda x, w: rms_norm(x, w, EPS, backend="triton"),
             lambda x, w: rms_norm(x, w, EPS, backend="torch"),
             _liger_rms_norm,
+        )  # fmt: skip
+        yield Case(
+            "rms_norm and residual", f"{rows}x{dim}", 6 * size, [_randn(rows, dim), weight],
+            lambda x, w: rms_norm_and_residual(x, w, EPS, backend="triton"),
+            lambda x, w: rms_norm_and_residual(x, w, EPS, backend="torch"),
         )  # fmt: skip
         yield Case(
             "rms_norm of sum", f"{rows}x{dim}", 8 * size, [_randn(rows, dim), _randn(rows, dim), weight],
@@ -92,6 +97,12 @@ def cases() -> Iterator[Case]:
         lambda q, k, cos, sin, wq, wk: qk_norm_rope(q, k, cos, sin, wq, wk, EPS, backend="torch"),
         _liger_norm_rope,
     )  # fmt: skip
+    yield Case(
+        "norm and rope, one gradient", "8x4096x(16+8+8)x128", (5 * (q.numel() + k.numel()) + 2 * k.numel()) * 2,
+        [_randn(8, 4096, 32, 128), *tables, _randn(128), _randn(128)],
+        lambda qkv, cos, sin, wq, wk: joint_qk_norm_rope(qkv, 8, cos, sin, wq, wk, EPS, backend="triton"),
+        lambda qkv, cos, sin, wq, wk: joint_qk_norm_rope(qkv, 8, cos, sin, wq, wk, EPS, backend="torch"),
+    )  # fmt: skip
     for tanh in (True, False):
         yield Case(
             "gelu, tanh" if tanh else "gelu", "65536x4608", 5 * 65536 * 4608 * 2, [_randn(65536, 4608), _randn(4608)],
@@ -103,6 +114,10 @@ def cases() -> Iterator[Case]:
         lambda gate, up: swiglu(gate, up, backend="triton"),
         lambda gate, up: swiglu(gate, up, backend="torch"),
         _liger_swiglu,
+    )  # fmt: skip
+    yield Case(
+        "swiglu of halves", "32768x(2x6144)", 8 * 32768 * 6144 * 2, [_randn(32768, 2 * 6144)],
+        lambda both: swiglu(both, backend="triton"), lambda both: swiglu(both, backend="torch"),
     )  # fmt: skip
     hidden, weight = _randn(16384, 2048), torch.nn.Parameter(torch.randn(151936, 2048, device="cuda").mul(0.02).bfloat16())
     targets = torch.randint(0, 151936, (16384,), device="cuda")
@@ -154,12 +169,12 @@ def milliseconds(case: Case, call: Callable[..., Any]) -> float:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of ``measure`` as text."""
-    lines = [f"{'forward + backward, ms':24} {'shape':20} {'ours':>8} {'compiled':>8} {'liger':>8}   ours/compiled"]
+    lines = [f"{'forward + backward, ms':28} {'shape':20} {'ours':>8} {'compiled':>8} {'liger':>8}   ours/compiled"]
     for row in rows:
         times = " ".join(f"{row[name]:8.3f}" if row[name] is not None else f"{'-':>8}" for name in ("ours", "compiled", "liger"))
         ratio = f"{row['ours'] / row['compiled']:.2f}" if row["compiled"] else "-"
         rate = f"{row['tb_per_s']:.2f} TB/s" if row["tb_per_s"] else f"{row['tflops']:.0f} TFLOP/s"
-        lines.append(f"{row['op']:24} {row['shape']:20} {times}   {ratio:>5}   {rate}")
+        lines.append(f"{row['op']:28} {row['shape']:20} {times}   {ratio:>5}   {rate}")
     return "\n".join(lines)
 
 

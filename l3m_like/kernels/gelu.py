@@ -118,10 +118,10 @@ def _backward_kernel(
     tl.store(partial_ptr + part * F + columns, tl.sum(of_bias, axis=0)[None, :], mask=columns < F)
 
 
-def _sizes(width: int, kernel: str, elements: int) -> dict[str, int]:
-    """Tiles of up to 512 columns, and of some ``elements``."""
+def _sizes(width: int, kernel: str, size: int) -> dict[str, int]:
+    """Tiles of ``size`` elements, of up to 512 columns."""
     block = min(512, power_of_2(width))
-    rows = elements // block
+    rows = size // block
     return {"BLOCK": block, "ROWS": rows, "num_warps": warps(rows * block, kernel)}
 
 

@@ -361,10 +361,8 @@ def _statistics_triton(logits: Tensor, targets: Tensor, first: int, softcap: flo
     capped = (softcap or 1.0, softcap is not None)
     if logits.is_meta:
         return largest, total, chosen
-    block = min(2048, triton.next_power_of_2(size))
-    _statistics_kernel[(rows,)](
-        logits, logits.stride(0), targets, largest, total, chosen, size, first, *capped, PLACES=8, BLOCK=block, num_warps=8
-    )
+    sizes = {"PLACES": 8, "BLOCK": _block(size, 2048), "num_warps": 8}
+    _statistics_kernel[(rows,)](logits, logits.stride(0), targets, largest, total, chosen, size, first, *capped, **sizes)
     return largest, total, chosen
 
 
@@ -376,13 +374,13 @@ def _slope_triton(
     if logits.is_meta:
         return logits
     _slope_kernel[(rows,)](
-        logits, logits.stride(0), targets, normalizer, one, every, size, first, *capped, BLOCK=_block(size), num_warps=16
+        logits, logits.stride(0), targets, normalizer, one, every, size, first, *capped, BLOCK=_block(size, 4096), num_warps=16
     )
     return logits
 
 
-def _block(size: int) -> int:
-    return min(4096, triton.next_power_of_2(size))
+def _block(size: int, most: int) -> int:
+    return min(most, triton.next_power_of_2(size))
 
 
 #: elements of a program that scales

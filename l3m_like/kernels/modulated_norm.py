@@ -290,10 +290,8 @@ def _backward_cut(x: Tensor, read: int, kernel: str = "modulated_norm_backward")
     batch, length, dim = x.shape
     tiles = max(1, min(length, resident_programs(x.device, kernel) // max(1, batch)))
     tokens, sizes = max(1, -(-length // tiles)), tile(dim, kernel)
-    # the sums of both leave no registers for gate and scale
-    held = kernel != "gated_modulated_norm_backward"
     stages = stages_that_fit(kernel, _bytes(x, sizes, read), x.device)
-    return max(1, -(-length // tokens)), tokens, {"STAGES": stages, "HELD": held, **sizes}
+    return max(1, -(-length // tokens)), tokens, {"STAGES": stages, **sizes}
 
 
 def _bytes(x: Tensor, sizes: dict[str, int], read: int) -> int:
@@ -380,7 +378,7 @@ def _modulated_norm_backward(
     partial = torch.empty(batch, tiles, 4, dim, dtype=torch.float32, device=x.device)
     wrap_triton(_backward_kernel)[(batch * tiles,)](
         grad, residual, x, x, x, scale, scale, statistics, grad_x, x, partial, length, tiles, tokens, 0, scale.stride(0),
-        D=dim, RESIDUAL=grad_sum is not None, GATED=False, BIASED=False, NORM=True, **sizes,
+        D=dim, RESIDUAL=grad_sum is not None, GATED=False, BIASED=False, NORM=True, HELD=True, **sizes,
     )  # fmt: skip
     return grad_x, partial[:, :, :2].sum(1)
 
@@ -407,7 +405,8 @@ def _gated_modulated_norm_backward(
     wrap_triton(_backward_kernel)[(batch * tiles,)](
         grad, grad_sum, total, branch, _or_any(bias, total), gate, scale, statistics, grad_total, grad_branch, partial,
         length, tiles, tokens, gate.stride(0), scale.stride(0),
-        D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=True, **sizes,
+        # the sums of both leave no registers for gate and scale
+        D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=True, HELD=False, **sizes,
     )  # fmt: skip
     return grad_total, grad_branch, partial[:, :, : 3 if bias is None else 4].sum(1)
 
@@ -423,7 +422,7 @@ def _gated_residual_backward(grad: Tensor, gate: Tensor, branch: Tensor, bias: T
     wrap_triton(_backward_kernel)[(batch * tiles,)](
         grad, grad, grad, branch, _or_any(bias, branch), gate, gate, grad, grad, grad_branch, partial,
         length, tiles, tokens, gate.stride(0), 0,
-        D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=False, **sizes,
+        D=dim, RESIDUAL=True, GATED=True, BIASED=bias is not None, NORM=False, HELD=True, **sizes,
     )  # fmt: skip
     return grad_branch, partial[:, :, 2 : 3 if bias is None else 4].sum(1)
 

@@ -187,10 +187,10 @@ DEVICE void store_columns(float* to, const float* totals, float factor) {
 }
 
 // sums [total rows and heads, length]: of a query, the natural logarithm of the sum of the exponentials of its scores.
-// of_places, if it is there [rows, WARPS, heads, 2, HEAD_DIM]: sums of dq and of dv over the places that a warp had.
+// partial, if it is there [rows, WARPS, heads, 2, HEAD_DIM]: sums of dq and of dv over the places that a warp had.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) short_attention_backward(
     const u16* q, const u16* k, const u16* v, const u16* out, const u16* grad, const float* sums, u16* dq, u16* dk, u16* dv,
-    float* of_places, int total, int heads, int length) {
+    float* partial, int total, int heads, int length) {
   int warp = same(threadIdx.x / 32), lane = threadIdx.x % 32;
   u32 shared = shared_address(memory), ring = shared + 4 * TILE, scores = ring + STAGES * STAGE, zeros = scores + D_SCORES;
   u32 full = zeros + 64 * 16, empty = full + STAGES * 8, keys_empty = empty + STAGES * 8;
@@ -296,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) short_attention_backwar
     products_wait<0>();
     u16* to = dq + (long long)(head / heads) * length * GRAD_TOKEN + head % heads * HEAD_DIM;
     store_rows(to, 2 * pair % steps * STEP + warp % 4 * 16, length, c, SCALE);
-    if (of_places) add_columns(totals, c);
+    if (partial) add_columns(totals, c);
   };
 
   int number = 0;
@@ -416,11 +416,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) short_attention_backwar
       store_rows(dk + at, row, length, d_keys[m], SCALE);
       store_rows(dv + at, row, length, d_values[m], 1.0f);
     }
-    if (of_places) {
+    if (partial) {
       float total_values[3] = {};
       add_columns(total_values, d_values[0]);
       add_columns(total_values, d_values[1]);
-      float* to = of_places + ((long long)(head / heads * WARPS + warp) * heads + head % heads) * 2 * HEAD_DIM;
+      float* to = partial + ((long long)(head / heads * WARPS + warp) * heads + head % heads) * 2 * HEAD_DIM;
       store_columns(to, total_queries, SCALE);
       store_columns(to + HEAD_DIM, total_values, 1.0f);
     }

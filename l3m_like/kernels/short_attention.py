@@ -135,14 +135,14 @@ def _launch(
     # the kernel would read or leave out what is elsewhere
     assert q.shape == k.shape == v.shape and SHORTEST <= length <= LONGEST and width in HEAD_DIMS
     grads = torch.empty(batch, length, 3, heads, width, dtype=q.dtype, device=q.device)
-    of_places = torch.empty(_of_places(q) if summed else 0, dtype=torch.float32, device=q.device)
+    partial = torch.empty(_partial_shape(q) if summed else 0, dtype=torch.float32, device=q.device)
     if q.numel() > 0:
         tokens = (q.stride(1), k.stride(1), v.stride(1), out.stride(1), grads.stride(1))
         with torch.cuda.device(q.device):
             kernel, blocks = _kernel(length == LONGEST, width, q.dtype, tokens, q.device)
             total = batch * heads
-            kernel(min(blocks, total), THREADS, q, k, v, out, grad, sums, *grads.unbind(2), of_places, total, heads, length)
-    return grads, of_places
+            kernel(min(blocks, total), THREADS, q, k, v, out, grad, sums, *grads.unbind(2), partial, total, heads, length)
+    return grads, partial
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ def _gradients_like(q: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:2], 3, *q.shape[2:])
 
 
-def _of_places(q: Tensor) -> tuple[int, ...]:
+def _partial_shape(q: Tensor) -> tuple[int, ...]:
     batch, _, heads, width = q.shape
     return batch, WARPS, heads, 2, width
 
@@ -197,7 +197,7 @@ _short_attention_backward.register_fake(lambda grad, q, k, v, out, sums: _gradie
 _joint_short_attention_backward.register_fake(
     lambda grad, qkv, out, sums, biased: (
         _gradients_like(out),
-        out.new_empty(_of_places(out) if biased else 0, dtype=torch.float32),
+        out.new_empty(_partial_shape(out) if biased else 0, dtype=torch.float32),
     )
 )
 
@@ -220,10 +220,10 @@ def _joint_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _joint_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
     biased = ctx.needs_input_grad[1]
-    grads, of_places = _joint_short_attention_backward(grad, *ctx.saved_tensors, biased)
+    grads, partial = _joint_short_attention_backward(grad, *ctx.saved_tensors, biased)
     if not biased:
         return grads, None
-    of_q, of_v = of_places.sum((0, 1)).unbind(1)
+    of_q, of_v = partial.sum((0, 1)).unbind(1)
     return grads, torch.stack((of_q, torch.zeros_like(of_q), of_v)).flatten().to(ctx.bias_dtype)
 
 

@@ -58,12 +58,17 @@ def linear(x: Tensor, layer: nn.Linear, *, biased: bool = True) -> Tensor:
 
 
 def bias_apart(part: Any, *args: Any) -> tuple[Any, Tensor | None]:
-    """What ``part`` returns for ``args``, and the bias [D] that its caller must add to it: that of its last linear layer
-    (``part.last``, by name), if the layer is an ordinary one; else None, and nothing is left to add."""
-    last = getattr(part, part.last) if hasattr(part, "last") else None
+    """What ``part`` returns for ``args``, and the bias [D] that its caller must add to it: that of ``last_linear``, if that is an
+    ordinary layer; else None, and nothing is left to add."""
+    last = last_linear(part)
     if last is None or last.bias is None or not is_ordinary(last):
         return part(*args), None
     return part(*args, biased=False), last.bias
+
+
+def last_linear(part: Any) -> Any:
+    """The linear layer that makes the output of ``part`` (``part.last`` names it), or None."""
+    return getattr(part, part.last) if hasattr(part, "last") else None
 
 
 class _Joint(torch.autograd.Function):

@@ -86,7 +86,7 @@ def choose_backend(
     ``grouped``: query heads share key heads. Measured on Hopper (docs/benchmarks.md): for short rows without a mask cuDNN with a
     backward pass of ours ("short"), else cuDNN where neither documents, windows nor prefixes are masked, else FlexAttention
     (FlashAttention-2 over document borders takes longer, the longer the list of borders that few documents fill). Elsewhere
-    (CPU, fp32, a key/value cache) SDPA. FlashAttention-4 was no faster than cuDNN in a step.
+    (CPU, fp32, a key/value cache) SDPA. FlashAttention-4 was no faster in a step, beyond noise.
 
     Raises:
         UserError: the backend that was asked for cannot do this mask exactly, with what can.

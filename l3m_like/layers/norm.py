@@ -44,18 +44,14 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps, backend=self.backend)
         return rms_norm(x, self.weight, self.eps, residual, backend=self.backend)
 
-    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(norm of x, x)``: the second, for the residual stream, gives its gradient to the norm's backward."""
-        return rms_norm_and_residual(x, self.weight, self.eps, backend=self.backend)
-
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """As ``LayerNorm.modulated``."""
         return self(x) * (1 + scale) + shift
 
-    def with_residual(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``LayerNorm.with_residual``."""
-        normed, x = self.fork(x)
-        return normed * (1 + scale) + shift, x
+    def with_residual(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(norm of x, modulated if a condition gives shift and scale; x)``: as ``LayerNorm.with_residual``."""
+        normed, x = rms_norm_and_residual(x, self.weight, self.eps, backend=self.backend)
+        return (normed if shift is None or scale is None else normed * (1 + scale) + shift), x
 
     def of_sum(
         self, x: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None = None
@@ -112,8 +108,8 @@ class AffineLayerNorm(nn.Module):
         out = F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.bias.to(wide), self.eps).to(x.dtype)
         return out if residual is None else (out, x)
 
-    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``RMSNorm.fork``."""
+    def with_residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``RMSNorm.with_residual``."""
         return self(x), x
 
 

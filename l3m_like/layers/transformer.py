@@ -14,7 +14,7 @@ from l3m_like.kernels.attention import LoweredMask
 from l3m_like.kernels.modulated_norm import adds_bias, gated_residual
 from l3m_like.kernels.select import selected
 from l3m_like.layers.cache import LayerCache
-from l3m_like.layers.linear import bias_apart
+from l3m_like.layers.linear import bias_apart, last_linear
 from l3m_like.layers.modulation import Modulation
 from l3m_like.layers.moe import MoE
 from l3m_like.layers.norm import LayerNorm, make_norm, norm_spec
@@ -68,7 +68,7 @@ class TransformerLayer(nn.Module):
 
         ``keep`` [2, B]: factors on what the mixer and the MLP add to each row (stochastic depth).
         """
-        normed, x = self.norm_1.fork(x)
+        normed, x = self.norm_1.with_residual(x)
         mixed = self.mixer(normed, rope, mask, cache, *(() if kv is None else (kv,)))
         mixed, *given = mixed if isinstance(mixed, tuple) else (mixed,)
         normed, x = self.norm_2(mixed if keep is None else mixed * keep[0].view(-1, 1, 1), residual=x)
@@ -122,7 +122,7 @@ class ParallelLayer(nn.Module):
         mask: LoweredMask | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        normed, x = self.norm.fork(x)
+        normed, x = self.norm.with_residual(x)
         return x + self.mixer(normed, rope, mask, cache) + self.mlp(normed)
 
     def flops(self, tokens: int, pairs: int) -> int:
@@ -196,7 +196,7 @@ class LadderLayer(nn.Module):
         return norm_spec("norm_1", self.norm_1) | norm_spec("norm_2", self.norm_2)
 
 
-class Due(NamedTuple):
+class DeferredResidual(NamedTuple):
     """What a ``DiTLayer`` has not yet added to its x: ``gate * (branch + bias)``; gate [B, D], branch [B, S, D], bias [D]."""
 
     gate: Tensor
@@ -215,6 +215,9 @@ class DiTLayer(nn.Module):
         norm_eps: of both norms.
         norm: "layer": LayerNorm without weights, or "rms".
     """
+
+    #: it runs again in the backward pass: activation checkpointing says so
+    recomputed = False
 
     mixer: Any
     mlp: Any
@@ -245,48 +248,47 @@ class DiTLayer(nn.Module):
         condition: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
         mask: LoweredMask | None = None,
-        due: Due | None = None,
+        deferred: DeferredResidual | None = None,
     ) -> Any:
         """x [B, S, D], condition [B, D] or [B, S, D], rope and mask as ``Attention.forward`` takes them -> [B, S, D].
 
-        With what is still ``due`` of the layer before, which the first norm adds in its own pass, it returns (x, ``Due``).
+        With what the layer before has ``deferred``, which the first norm adds in its own pass, it returns (x, what it defers).
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)
-        if due is None:
+        if deferred is None:
             normed, x = self.norm_1.with_residual(x, shift_1, scale_1)
         else:
-            normed, x = self.norm_1.of_sum(x, due.gate.unsqueeze(1), due.branch, shift_1, scale_1, due.bias)
+            normed, x = self.norm_1.of_sum(x, deferred.gate.unsqueeze(1), deferred.branch, shift_1, scale_1, deferred.bias)
         fused = adds_bias(x, gate_1, backend=self.backend)
         # an RMSNorm has no kernel for the sum before it
         apart = fused and isinstance(self.norm_2, LayerNorm)
         mixed, bias = bias_apart(self.mixer, normed, rope, mask) if apart else (self.mixer(normed, rope, mask), None)
         normed, x = self.norm_2.of_sum(x, gate_1, mixed, shift_2, scale_2, bias)
         out, bias = bias_apart(self.mlp, normed) if fused else (self.mlp(normed), None)
-        if due is None:
+        if deferred is None:
             return gated_residual(x, gate_2, out, bias, backend=self.backend)
-        gate = gate_2.squeeze(1).clone()  # FSDP's hooks take no views
-        return x, Due(gate, out, 0 * gate.sum(0) if bias is None else bias.clone())  # FSDP frees this layer's own bias
+        # FSDP's hooks take no views, and it frees this layer's own bias
+        gate = gate_2.squeeze(1).clone()
+        return x, DeferredResidual(gate, out, 0 * gate.sum(0) if bias is None else bias.clone())
 
-    def can_leave_due(self, x: Tensor, condition: Tensor) -> bool:
+    def can_defer(self, x: Tensor, condition: Tensor) -> bool:
         """Whether the next layer's norm had better add what this one's MLP gives: one pass over x less, forward and backward. Not
         where the layer is recomputed, which keeps what it is given: one tensor, not two."""
         fused = condition.dim() == 2 and adds_bias(x, x[:, :1], backend=self.backend)
-        return fused and isinstance(self.norm_1, LayerNorm) and not getattr(self, "recomputed", False)
+        return fused and isinstance(self.norm_1, LayerNorm) and not self.recomputed
 
-    def nothing_due(self, x: Tensor, condition: Tensor) -> Due:
-        """For the first layer: 0 times x, in dtypes and requires_grad like what all others are given, so that they share their
-        graph."""
+    def nothing_deferred(self, x: Tensor, condition: Tensor) -> DeferredResidual:
+        """For the first layer: 0 times x. It requires gradients if what all others are given does, so that they share a graph."""
         weights = list(self.modulation.parameters())
         trained = torch.is_grad_enabled() and (condition.requires_grad or any(weight.requires_grad for weight in weights))
-        gate = torch.zeros(x.shape[0], x.shape[-1], dtype=self.modulation.proj.weight.dtype, device=x.device)
-        last = getattr(self.mlp, self.mlp.last).bias if hasattr(self.mlp, "last") else None
-        bias = gate.new_zeros(x.shape[-1], dtype=gate.dtype if last is None else last.dtype)
-        bias.requires_grad_(trained if last is None else torch.is_grad_enabled() and last.requires_grad)
-        return Due(gate.requires_grad_(trained), x.view_as(x), bias)
+        gate = x.new_zeros(x.shape[0], x.shape[-1]).requires_grad_(trained)
+        last = last_linear(self.mlp)
+        biased = torch.is_grad_enabled() and last.bias.requires_grad if last is not None and last.bias is not None else trained
+        return DeferredResidual(gate, x.view_as(x), x.new_zeros(x.shape[-1]).requires_grad_(biased))
 
-    def add_due(self, x: Tensor, due: Due) -> Tensor:
+    def add_deferred(self, x: Tensor, deferred: DeferredResidual) -> Tensor:
         """What the last layer left."""
-        return gated_residual(x, due.gate.unsqueeze(1), due.branch, due.bias, backend=self.backend)
+        return gated_residual(x, deferred.gate.unsqueeze(1), deferred.branch, deferred.bias, backend=self.backend)
 
     def flops(self, conditions: int, tokens: int, pairs: int) -> int:
         """Forward FLOPs; ``conditions``: how many vectors modulate."""

@@ -64,7 +64,7 @@ def joint_rope_of(qkv: Tensor, *weights: Tensor, backend: str) -> Any:
     return joint_qk_norm_rope(qkv, 2, cos, sin, *(weights or (None, None)), 1e-6, backend=backend)
 
 
-def fork(x: Tensor, weight: Tensor, *, backend: str) -> Any:
+def with_residual(x: Tensor, weight: Tensor, *, backend: str) -> Any:
     return rms_norm_and_residual(x, weight, 1e-6, backend=backend)
 
 
@@ -83,7 +83,7 @@ OPS = {
     "rms_norm_odd": Op(lambda x, w, *, backend: rms_norm(x, w, 1e-6, backend=backend), [(2001, 1000), (1000,)]),
     "rms_norm_wide": Op(lambda x, w, *, backend: rms_norm(x, w, 1e-6, backend=backend), [(515, 8192), (8192,)]),
     "rms_norm_of_sum": Op(norm_of_sum, [(3, 700, 1024), (3, 700, 1024), (1024,)]),
-    "rms_norm_and_residual": Op(fork, [(3, 700, 2048), (2048,)]),
+    "rms_norm_and_residual": Op(with_residual, [(3, 700, 2048), (2048,)]),
     "modulated_norm": Op(
         lambda x, shift, scale, *, backend: modulated_norm(x, shift, scale, 1e-6, backend=backend),
         [(9, 256, 1152), (9, 1, 1152), (9, 1, 1152)],

@@ -210,8 +210,8 @@ static void enter(int thread) {
 }
 
 extern "C" void run(int blocks, const u16* q, const u16* k, const u16* v, const u16* out, const u16* grad, const float* sums,
-                    u16* dq, u16* dk, u16* dv, float* of_places, int total, int heads, int length) {
-  program = [=] { short_attention_backward(q, k, v, out, grad, sums, dq, dk, dv, of_places, total, heads, length); };
+                    u16* dq, u16* dk, u16* dv, float* partial, int total, int heads, int length) {
+  program = [=] { short_attention_backward(q, k, v, out, grad, sums, dq, dk, dv, partial, total, heads, length); };
   gridDim.x = blocks;
   for (blockIdx.x = 0; (int)blockIdx.x < blocks; blockIdx.x++) {
     memset(memory, 0xff, sizeof memory);

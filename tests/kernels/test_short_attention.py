@@ -43,10 +43,10 @@ def gradients(
     out = (scores.softmax(-1) @ v).transpose(1, 2).to(qkv.dtype).contiguous()
     sums = scores.logsumexp(-1).float().contiguous()
     found = torch.full_like(qkv, math.nan)
-    of_places = torch.full((batch, WARPS, heads, 2, width) if summed else (0,), math.nan)
-    tensors = [*qkv.unbind(2), out, grad, sums, *found.unbind(2), of_places]
+    partial = torch.full((batch, WARPS, heads, 2, width) if summed else (0,), math.nan)
+    tensors = [*qkv.unbind(2), out, grad, sums, *found.unbind(2), partial]
     ctypes.CDLL(str(built)).run(blocks, *(ctypes.c_void_p(x.data_ptr()) for x in tensors), batch * heads, heads, length)
-    return found, of_places.sum(1).movedim(-2, 0) if summed else of_places
+    return found, partial.sum(1).movedim(-2, 0) if summed else partial
 
 
 def exact(qkv: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,11 +87,11 @@ def test_gradients(length: int, width: int, dtype: torch.dtype, blocks: int, tmp
     wanted = exact(qkv, grad, torch.float64)
     torchs = exact(qkv, grad, dtype)
     theirs = errors(torchs, wanted)
-    found, of_places = gradients(tmp_path, qkv, grad, blocks)
+    found, partial = gradients(tmp_path, qkv, grad, blocks)
     ours = errors(found, wanted)
     assert all(a <= 2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
     # their sums over the places: of q and v; that of k is 0 but for rounding
-    for part, total in zip((0, 2), of_places, strict=True):
+    for part, total in zip((0, 2), partial, strict=True):
         ours_of_sum = error(total, wanted[:, :, part].sum(1))
         assert ours_of_sum <= 2 * error(torchs[:, :, part].double().sum(1), wanted[:, :, part].sum(1)), (part, ours_of_sum)
     assert wanted[:, :, 1].sum(1).abs().max() <= 1e-12 * wanted[:, :, 1].abs().sum(1).max()

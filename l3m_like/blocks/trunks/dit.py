@@ -42,14 +42,14 @@ class DiT(ReadWriteBlock):
     def compute(self, tokens: Tensor, condition: Tensor) -> Tensor:
         masks = LayerMasks(AttentionMask(), tokens.shape[1], tokens.shape[1], tokens, self.attention_used)
         layers: list[Any] = list(self.layers)
-        if not all(getattr(layer, "can_leave_due", _no)(tokens, condition) for layer in layers):
+        if not all(getattr(layer, "can_defer", _no)(tokens, condition) for layer in layers):
             for layer in layers:
                 tokens = layer(tokens, condition, None, masks.of(layer))
             return tokens
-        due = layers[0].nothing_due(tokens, condition)
+        deferred = layers[0].nothing_deferred(tokens, condition)
         for layer in layers:
-            tokens, due = layer(tokens, condition, None, masks.of(layer), due)
-        return layers[-1].add_due(tokens, due)
+            tokens, deferred = layer(tokens, condition, None, masks.of(layer), deferred)
+        return layers[-1].add_deferred(tokens, deferred)
 
     def shard_units(self) -> Iterable[nn.Module]:
         return self.layers

@@ -20,7 +20,7 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, *, backend: str) -> tu
     return rms_norm(x, weight, 1e-5, residual, backend=backend)
 
 
-def fork(x: Tensor, weight: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
+def with_residual(x: Tensor, weight: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
     """What comes back from the stream is added to the norm's gradient."""
     normed, stream = rms_norm_and_residual(x, weight, 1e-5, backend=backend)
     return normed, stream * 1
@@ -30,7 +30,7 @@ def fork(x: Tensor, weight: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dim", [24, 96, 128, 3000])
 def test_norm(dim: int, dtype: torch.dtype) -> None:
     check(norm, [randn(3, 41 if dim < 100 else 5, dim), randn(dim)], dtype)
-    check(fork, [randn(3, 41 if dim < 100 else 5, dim), randn(dim)], dtype)
+    check(with_residual, [randn(3, 41 if dim < 100 else 5, dim), randn(dim)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
