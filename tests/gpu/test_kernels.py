@@ -23,6 +23,7 @@ from l3m_like.kernels.modulated_norm import (
 from l3m_like.kernels.rms_norm import rms_norm, rms_norm_and_residual
 from l3m_like.kernels.rope import joint_qk_norm_rope, qk_norm_rope
 from l3m_like.kernels.select import AUTO, in_use, selecting
+from l3m_like.kernels.squares import sum_of_squares
 from l3m_like.kernels.swiglu import swiglu
 from l3m_like.layers import MLP, Attention, DiTLayer, Rope, SwiGLU, TransformerLayer
 
@@ -149,6 +150,18 @@ def test_the_same_twice_and_compiled(name: str, device: torch.device) -> None:
     for a, b in zip(compiled, first, strict=True):
         # the last, small sum over programs may be taken in another order
         assert error(a, b.double()) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_norm_of_gradients(dtype: torch.dtype, device: torch.device) -> None:
+    """One launch over tensors of any sizes, the same twice, nearer to float64 than 1e-6; no wait after the first call."""
+    tensors = [randn(*shape, seed=i).to(device, dtype) for i, shape in enumerate(((700, 2048), (3,), (0, 5), (41, 1001)))]
+    wanted = sum(float(tensor.double().square().sum()) for tensor in tensors)
+    first = sum_of_squares(tensors)
+    torch.cuda.set_sync_debug_mode("error")
+    second = sum_of_squares(tensors)
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, second) and float(first) == pytest.approx(wanted, rel=1e-6)
 
 
 def layer_of(kind: str, backend: str, device: torch.device) -> tuple[torch.nn.Module, list[Any]]:
