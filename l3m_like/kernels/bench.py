@@ -220,8 +220,9 @@ def muon_rows() -> Iterator[dict[str, Any]]:
     """A row per part of a Muon step: milliseconds, and TB/s or TFLOP/s. Products count whole, iterations what they compute."""
     from triton.testing import do_bench
 
-    from l3m_like.kernels.muon import apply_pass, momentum_pass, scaled
+    from l3m_like.kernels.muon import apply_pass, momentum_pass
     from l3m_like.kernels.newton_schulz import newton_schulz_flops, newton_schulz_scaled
+    from l3m_like.kernels.scale import scaled
     from l3m_like.kernels.symmetric_matmul import symmetric_matmul
 
     def row(op: str, shape: Sequence[int], call: Callable[[], Any], *, moved: int = 0, flops: int = 0) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from l3m_like.core.errors import UserError, did_you_mean
 from l3m_like.kernels.launch import HAS_TRITON, jit, tl, triton
+from l3m_like.kernels.scale import scaled
 
 #: target of a token without a loss
 IGNORE = -100
@@ -230,11 +231,9 @@ class _Chunks:
             return None
         if factor is None:
             return grad.to(self.weight.dtype)
-        out = torch.empty_like(grad, dtype=self.weight.dtype)  # rounds once, in one pass
-        if self.triton and not grad.is_meta and grad.numel() > 0:
-            _scale_kernel[(triton.cdiv(grad.numel(), _SCALED),)](grad, factor, out, grad.numel(), BLOCK=_SCALED)
-            return out
-        return torch.mul(grad, factor, out=out)
+        if self.triton and not grad.is_meta:
+            return scaled(grad.unsqueeze(0), factor, self.weight.dtype).squeeze(0)
+        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=self.weight.dtype))  # rounds once, in one pass
 
 
 def _one_number(grad: Tensor) -> bool:
@@ -330,13 +329,6 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _scale_kernel(x, factor, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    scaled = tl.load(x + at, mask=at < size) * tl.load(factor)
-    tl.store(out + at, scaled.to(out.dtype.element_ty), mask=at < size)
-
-
-@jit
 def _slope_kernel(  # type: ignore[no-untyped-def]
     logits, stride, targets, normalizer, one, every, size, first, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -381,7 +373,3 @@ def _slope_triton(
 
 def _block(size: int, most: int) -> int:
     return min(most, triton.next_power_of_2(size))
-
-
-#: elements of a program that scales
-_SCALED = 4096

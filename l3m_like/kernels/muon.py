@@ -1,7 +1,8 @@
 """What Muon does to a matrix besides orthogonalising it: one pass before and one after, over all matrices of a shape at once.
 
 Bytes per element, with bf16 gradients and a bf16 copy of the weight: ``momentum_pass`` 12 (the gradient, the momentum twice, the
-update), ``apply_pass`` 12 (the update, the weight twice, its copy), and ``scaled``, which Newton-Schulz starts with, 4.
+update), ``apply_pass`` 12 (the update, the weight twice, its copy), and ``scaled``
+(``scale.py``), which Newton-Schulz starts with, 4.
 
 Gradients, weights and copies lie where autograd and the model have put them. The kernels find them by a table of addresses, so
 that a launch is one of a batch and not of a matrix.
@@ -160,29 +161,6 @@ def apply_pass(
     )
 
 
-def scaled_reference(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The definition; arguments and result as ``scaled``."""
-    return (x.to(torch.promote_types(x.dtype, factor.dtype)) * factor).to(dtype)
-
-
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x * factor``, rounded once.
-
-    Args:
-        x: [N, rows, cols], contiguous, of a dtype up to float32.
-        factor: [N, 1, 1] or a scalar, float32.
-
-    Returns:
-        Tensor like ``x``, in ``dtype``.
-    """
-    out = torch.empty_like(x, dtype=dtype)
-    size = x[0].numel()
-    _muon_scale_kernel[(triton.cdiv(size, _BLOCK), x.shape[0])](
-        x, factor, out, size, EACH=factor.numel() > 1, BLOCK=_BLOCK, num_warps=8
-    )
-    return out
-
-
 @jit
 def _muon_momentum_kernel(  # type: ignore[no-untyped-def]
     table,
@@ -257,13 +235,3 @@ def _muon_apply_kernel(  # type: ignore[no-untyped-def]
         if ALIGNED:
             copy = tl.multiple_of(copy, 16)
         tl.store(copy + at, w.to(copy_like.dtype.element_ty), mask=inside & (address != 0))
-
-
-@jit
-def _muon_scale_kernel(x, factor, out, size, EACH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    number = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = number * size + at
-    by = tl.load(factor + number) if EACH else tl.load(factor)
-    value = tl.load(x + here, mask=at < size, other=0.0).to(tl.float32) * by
-    tl.store(out + here, value.to(out.dtype.element_ty), mask=at < size)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from l3m_like.kernels.muon import scaled, scaled_reference
+from l3m_like.kernels.scale import scaled, scaled_reference
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-7

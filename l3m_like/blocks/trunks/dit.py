@@ -12,10 +12,6 @@ from l3m_like.core.errors import UserError
 from l3m_like.layers.masks import AttentionMask, LayerMasks
 
 
-def _no(*_: Any) -> bool:
-    return False
-
-
 class DiT(ReadWriteBlock):
     """Layers modulated by a condition vector; every token sees every other one (arXiv:2212.09748).
 
@@ -42,7 +38,7 @@ class DiT(ReadWriteBlock):
     def compute(self, tokens: Tensor, condition: Tensor) -> Tensor:
         masks = LayerMasks(AttentionMask(), tokens.shape[1], tokens.shape[1], tokens, self.attention_used)
         layers: list[Any] = list(self.layers)
-        if not all(getattr(layer, "can_defer", _no)(tokens, condition) for layer in layers):
+        if not all(hasattr(layer, "can_defer") and layer.can_defer(tokens, condition) for layer in layers):
             for layer in layers:
                 tokens = layer(tokens, condition, None, masks.of(layer))
             return tokens

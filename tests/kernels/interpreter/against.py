@@ -16,6 +16,12 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
 
 
+def randn_at(shape: tuple[int, ...], seed: int, offset: int = 0) -> Tensor:
+    """float32, so many elements away from where its memory begins: at an address that wide loads do not take."""
+    flat = torch.randn(offset + torch.Size(shape).numel(), generator=torch.Generator().manual_seed(seed))
+    return flat[offset:].view(shape)
+
+
 def outputs_and_gradients(call: Callable[..., Any], inputs: Sequence[Tensor], view: Callable[..., Any] | None) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = call(*(view(*leaves) if view is not None else leaves))

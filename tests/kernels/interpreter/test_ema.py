@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from against import randn_at
 from torch import Tensor, nn
 
 from l3m_like.kernels.ema import EMATable, ema_reference
@@ -15,17 +16,11 @@ GOOD, BAD = torch.zeros(()), torch.ones(())
 SHAPES = ((3, 1001), (5,), (4, 8), (2, 2048))  # several blocks and none that is full, few elements, whole blocks
 
 
-def randn(shape: tuple[int, ...], seed: int, offset: int = 0) -> Tensor:
-    """``offset``: of elements that its address is away from that of the memory."""
-    flat = torch.randn(offset + torch.Size(shape).numel(), generator=torch.Generator().manual_seed(seed))
-    return flat[offset:].view(shape)
-
-
 @pytest.mark.parametrize("shapes", [SHAPES, SHAPES[2:]], ids=["any size", "even sizes"])
 @pytest.mark.parametrize("offset", [0, 3])
 @pytest.mark.parametrize("skipped", [None, GOOD])
 def test_equals_the_definition(shapes: tuple[tuple[int, ...], ...], offset: int, skipped: Tensor | None) -> None:
-    averages, weights = ([randn(shape, 10 * i + j, offset) for j, shape in enumerate(shapes)] for i in range(2))
+    averages, weights = ([randn_at(shape, 10 * i + j, offset) for j, shape in enumerate(shapes)] for i in range(2))
     exact = [average.double() for average in averages]
     table = EMATable(averages, weights)
     assert table.aligned == (shapes != SHAPES and not offset)
@@ -40,7 +35,7 @@ def test_equals_the_definition(shapes: tuple[tuple[int, ...], ...], offset: int,
 
 @pytest.mark.parametrize("step", [lambda *x: EMATable(*x[:2]).update(*x[2:]), ema_reference], ids=["kernel", "definition"])
 def test_a_skipped_step_changes_nothing(step: object) -> None:
-    averages, weights = ([randn(shape, i) for shape in SHAPES] for i in range(2))
+    averages, weights = ([randn_at(shape, i) for shape in SHAPES] for i in range(2))
     before = [average.clone() for average in averages]
     step(averages, weights, 0.9, BAD)
     assert all(map(torch.equal, averages, before))
@@ -53,13 +48,13 @@ def averaged(fused: bool) -> list[Tensor]:
     dtypes = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float32)
     shapes = (*SHAPES, (0, 3))
     parameters = {
-        str(i): nn.Parameter(randn(shape, i).to(dtype)) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+        str(i): nn.Parameter(randn_at(shape, i).to(dtype)) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     }
     with mock.patch.object(ema, "takes", lambda weight: fused and weight.dtype == torch.float32):
         average, seen, kept = EMA(parameters, 0.7), [], []
         for step in range(6):
             for i, parameter in enumerate(parameters.values()):
-                parameter.data.copy_(randn(parameter.shape, 10 * step + i))
+                parameter.data.copy_(randn_at(parameter.shape, 10 * step + i))
             average.update(torch.tensor(float(step == 3)))
             seen.append([table for _, table in average._tables])
             if step == 1:

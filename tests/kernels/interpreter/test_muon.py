@@ -14,9 +14,8 @@ from l3m_like.kernels.muon import (
     apply_pass_reference,
     momentum_pass,
     momentum_pass_reference,
-    scaled,
-    scaled_reference,
 )
+from l3m_like.kernels.scale import scaled, scaled_reference
 
 FULL, HALF = torch.float32, torch.float16
 GOOD, BAD = torch.zeros(()), torch.ones(())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from against import randn_at
 
 from l3m_like.kernels.squares import squares_pass, sum_of_squares, sum_of_squares_reference
 
@@ -13,17 +13,11 @@ SHAPES = ((3, 100), (5, 2001), (0, 4), (2, 17_001), (1,))
 EVEN = ((4, 8), (2, 16_384), (32, 16))
 
 
-def randn(shape: tuple[int, ...], seed: int, offset: int = 0) -> Tensor:
-    """``offset``: of elements that its address is away from that of the memory."""
-    flat = torch.randn(offset + torch.Size(shape).numel(), generator=torch.Generator().manual_seed(seed))
-    return flat[offset:].view(shape)
-
-
 @pytest.mark.parametrize("shapes", [SHAPES, EVEN], ids=["any size", "even sizes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [0, 3])
 def test_equals_the_definition(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, offset: int) -> None:
-    tensors = [randn(shape, seed, offset).to(dtype) for seed, shape in enumerate(shapes)]
+    tensors = [randn_at(shape, seed, offset).to(dtype) for seed, shape in enumerate(shapes)]
     wanted = sum(float(tensor.double().square().sum()) for tensor in tensors)
     found, torchs = squares_pass(tensors), sum_of_squares_reference(tensors)
     assert found.dtype == torchs.dtype == torch.float32 and found.shape == torchs.shape == ()
@@ -33,7 +27,7 @@ def test_equals_the_definition(shapes: tuple[tuple[int, ...], ...], dtype: torch
 
 
 def test_columns_and_nothing() -> None:
-    wide = randn((6, 50), 0)
+    wide = randn_at((6, 50), 0)
     assert float(squares_pass([wide[:, 3:20], wide.T])) == pytest.approx(
         float(wide[:, 3:20].square().sum() + wide.square().sum()), rel=1e-6
     )
