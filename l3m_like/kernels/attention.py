@@ -63,6 +63,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask | None = None) 
     return out if mask.live is None else torch.where(mask.live, out, 0)
 
 
+def key_copies(qkv: Tensor, kv_heads: int, mask: LoweredMask | None) -> int:
+    """As how many copies [copies, B, S, Hkv, K] of one memory ``attention`` had better be given the keys and values of qkv
+    [B, S, H + 2 Hkv, K]; 1: as they are. Each copy has a gradient of its own: they are summed where they are read next."""
+    dense = mask is not None and mask.backend == "flash_attn" and mask.cu_seqlens is None
+    if not dense or not torch.is_grad_enabled() or not flash_attn_4.takes(qkv.device):
+        return 1
+    return flash_attn_4.copies_for(*qkv.shape[:2], qkv.shape[2] - 2 * kv_heads, kv_heads, qkv.shape[3], qkv.device)
+
+
 def _reference(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:
     if mask.causal:
         raise UserError("the reference attention takes a dense mask: lower the mask for backend 'reference'.")

@@ -2,6 +2,11 @@
 
 q [B, S, H, K], k and v [B, S, Hkv, K], fp16 or bf16; with borders of documents [B * S, H, K]. Its kernels are compiled at their
 first call (about 10 s each).
+
+Where query heads share a key head, the package's backward pass adds up their gradients of keys and values in float32 in memory,
+with a pass to zero that and two to round it, and takes longer than over as many heads that have keys of their own. So keys and
+values may be given as copies [copies, B, S, Hkv, K] of one memory (``copies_for``): a pass for each, over one query head of every
+key head, writes the gradients of that copy.
 """
 
 from __future__ import annotations
@@ -10,10 +15,13 @@ import functools
 import importlib
 import importlib.util
 import logging
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from l3m_like.kernels.launch import multiprocessors
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +58,13 @@ def flash_attention_4(
     return _attention(*flat, borders, longest, causal, *window)[0].view(q.shape)
 
 
+def copies_for(rows: int, length: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> int:
+    """How many copies of keys and values make the backward pass fastest: 2 where two query heads share a key head and the pass
+    over one of both keeps the device busy (measured on an H200, with heads of 128)."""
+    tiles = rows * kv_heads * math.ceil(length / 128)
+    return 2 if heads == 2 * kv_heads and head_dim == 128 and tiles >= 6 * multiprocessors(device) else 1
+
+
 @functools.cache
 def _package() -> Any:
     """The module with the two passes; None, with a warning, where the package, which is installed, cannot be used."""
@@ -79,7 +94,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention and, float32 [B, H, S] or [H, B * S], the logarithms of the sums of exponentials."""
     limits = _limits(borders, longest, left, right)
-    out, sums = _package()._flash_attn_fwd(q, k, v, causal=causal, return_lse=True, **limits)
+    out, sums = _package()._flash_attn_fwd(q, *_one_copy(k, v), causal=causal, return_lse=True, **limits)
     return out, sums
 
 
@@ -97,9 +112,24 @@ def _attention_backward(
     left: int,
     right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    exact = torch.are_deterministic_algorithms_enabled()
-    limits = _limits(borders, longest, left, right)
-    return _package()._flash_attn_bwd(q, k, v, out, grad, sums, causal=causal, deterministic=exact, **limits)
+    run = functools.partial(
+        _package()._flash_attn_bwd,
+        causal=causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **_limits(borders, longest, left, right),
+    )
+    if k.dim() < 5:
+        return run(q, k, v, out, grad, sums)
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    for copy in range(len(k)):
+        heads = slice(copy, None, len(k))
+        of_q, of_out, of_grad, of_grad_q = (x[:, :, heads] for x in (q, out, grad, grad_q))
+        run(of_q, *_one_copy(k, v), of_out, of_grad, sums[:, heads], dq=of_grad_q, dk=grad_k[copy], dv=grad_v[copy])
+    return grad_q, grad_k, grad_v
+
+
+def _one_copy(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return (k[0], v[0]) if k.dim() == 5 else (k, v)
 
 
 @_attention.register_fake

@@ -204,7 +204,8 @@ def warps(elements: int, kernel: str) -> int:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -225,7 +226,7 @@ def _shared_memory(device: torch.device) -> int:
 
 def resident_programs(device: torch.device, kernel: str) -> int:
     """Programs of ``kernel`` on ``device``: the same number in every call, so that sums have one order."""
-    return TUNED[kernel].programs * _multiprocessors(device)
+    return TUNED[kernel].programs * multiprocessors(device)
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -75,13 +75,22 @@ def joint_qk_norm_rope(
     k_weight: Tensor | None,
     eps: float,
     *,
+    copies: int = 1,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``qk_norm_rope`` of queries and keys, and the values, of qkv [B, S, H + 2 kv_heads, K], the heads of all three."""
+    """``qk_norm_rope`` of queries and keys, and the values, of qkv [B, S, H + 2 kv_heads, K], the heads of all three.
+
+    With ``copies``, keys and values are [copies, B, S, Hkv, K], one memory: the gradients of each are summed as they are read.
+    """
     q, k, v = _cut(qkv, kv_heads)
     if _takes(backend, q, k, cos, sin, q_weight, k_weight):
-        return _JointNormRope.apply(qkv, kv_heads, cos, sin, q_weight, k_weight, eps)
-    return *qk_norm_rope_reference(q, k, cos, sin, q_weight, k_weight, eps), v
+        return _JointNormRope.apply(qkv, kv_heads, cos, sin, q_weight, k_weight, eps, copies)
+    q, k = qk_norm_rope_reference(q, k, cos, sin, q_weight, k_weight, eps)
+    return q, *_copied(k, v, copies)
+
+
+def _copied(k: Tensor, v: Tensor, copies: int) -> tuple[Tensor, Tensor]:
+    return (k, v) if copies == 1 else (k.expand(copies, *k.shape), v.expand(copies, *v.shape))
 
 
 def _cut(qkv: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
@@ -211,9 +220,11 @@ def _backward_heads(
     sum_a,
     sum_b,
     grad_head_stride,
+    grad_copy_stride,
     head_stride,
     eps: tl.constexpr,  # a run-time float would arrive as float64 from compiled graphs
     alive,
+    COPIES: tl.constexpr,  # whose gradients are summed
     HEADS: tl.constexpr,
     K: tl.constexpr,
     NORM: tl.constexpr,
@@ -230,6 +241,9 @@ def _backward_heads(
     place = heads * grad_head_stride + columns
     da = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
     db = tl.load(grad_ptr + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    for copy in tl.static_range(1, COPIES):
+        da += tl.load(grad_ptr + copy * grad_copy_stride + place, mask=inside, other=0.0).to(tl.float32)
+        db += tl.load(grad_ptr + copy * grad_copy_stride + place + HALF, mask=inside, other=0.0).to(tl.float32)
     if ROPE:
         ca = tl.load(cos_ptr + columns, mask=is_column & alive, other=0.0)
         cb = tl.load(cos_ptr + columns + HALF, mask=is_column & alive, other=0.0)
@@ -283,9 +297,11 @@ def _backward_kernel(
     k_grad_batch,
     k_grad_token,
     k_grad_head,
+    k_grad_copy,
     v_grad_batch,
     v_grad_token,
     v_grad_head,
+    v_grad_copy,
     q_batch,
     q_token,
     q_head,
@@ -300,6 +316,7 @@ def _backward_kernel(
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
     JOINT: tl.constexpr,  # q_out has all heads: those of the values, too, which are copied
+    COPIES: tl.constexpr,
     H_BLOCK: tl.constexpr,
     HKV_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -322,19 +339,19 @@ def _backward_kernel(
         table = row * table_batch + token * K
         q_a, q_b = _backward_heads(
             q_grad_ptr + row * q_grad_batch + token * q_grad_token, q_ptr + row * q_batch + token * q_token, q_weight_ptr,
-            cos_ptr + table, sin_ptr + table, q_out_ptr + number * Q_TOKEN, q_a, q_b, q_grad_head, q_head, eps, alive,
-            H, K, NORM, ROPE, H_BLOCK, BLOCK,
+            cos_ptr + table, sin_ptr + table, q_out_ptr + number * Q_TOKEN, q_a, q_b, q_grad_head, 0, q_head, eps, alive,
+            1, H, K, NORM, ROPE, H_BLOCK, BLOCK,
         )  # fmt: skip
         k_a, k_b = _backward_heads(
             k_grad_ptr + row * k_grad_batch + token * k_grad_token, k_ptr + row * k_batch + token * k_token, k_weight_ptr,
-            cos_ptr + table, sin_ptr + table, k_out_ptr + number * K_TOKEN, k_a, k_b, k_grad_head, k_head, eps, alive,
-            HKV, K, NORM, ROPE, HKV_BLOCK, BLOCK,
+            cos_ptr + table, sin_ptr + table, k_out_ptr + number * K_TOKEN, k_a, k_b, k_grad_head, k_grad_copy, k_head, eps,
+            alive, COPIES, HKV, K, NORM, ROPE, HKV_BLOCK, BLOCK,
         )  # fmt: skip
         if JOINT:
             _backward_heads(
                 v_grad_ptr + row * v_grad_batch + token * v_grad_token, v_grad_ptr, k_weight_ptr, cos_ptr, sin_ptr,
-                k_out_ptr + number * K_TOKEN + HKV * K, k_a, k_b, v_grad_head, 0, eps, alive,
-                HKV, K, False, False, HKV_BLOCK, BLOCK,
+                k_out_ptr + number * K_TOKEN + HKV * K, k_a, k_b, v_grad_head, v_grad_copy, 0, eps, alive,
+                COPIES, HKV, K, False, False, HKV_BLOCK, BLOCK,
             )  # fmt: skip
     if NORM:
         HALF: tl.constexpr = K // 2
@@ -413,10 +430,12 @@ def _launch_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of q and k, or with a ``v_grad`` that of all heads [B, S, H + 2 Hkv, K] in place of the first; and, if there are
-    ``weights``, partial sums of theirs [programs, 2, K] float32."""
+    ``weights``, partial sums of theirs [programs, 2, K] float32. Of keys and values there may be gradients of several copies,
+    [copies, B, S, Hkv, K]."""
     q_grad, k_grad = _dense(q_grad), _dense(k_grad)
     # without a norm the kernel reads no inputs
-    q, k = (q_grad, k_grad) if inputs is None else (_dense(inputs[0]), _dense(inputs[1]))
+    copies, one = (len(k_grad), k_grad[0]) if k_grad.dim() == 5 else (1, k_grad)
+    q, k = (q_grad, one) if inputs is None else (_dense(inputs[0]), _dense(inputs[1]))
     q_weight, k_weight = (q, k) if weights is None else weights
     batch, length, heads, width = q.shape
     tokens, kv_heads = batch * length, k.shape[2]
@@ -429,7 +448,8 @@ def _launch_backward(
     cos_table, sin_table, table_batch = _tables(*tables, q)
     sizes = _sizes(q, k, "rope_backward")
     # without a norm a program has one token
-    moved = (2 * sizes["H_BLOCK"] + (3 if joint else 2) * sizes["HKV_BLOCK"]) * 2 * sizes["BLOCK"] * q.element_size()
+    loads = 2 * sizes["H_BLOCK"] + (1 + copies * (2 if joint else 1)) * sizes["HKV_BLOCK"]
+    moved = loads * 2 * sizes["BLOCK"] * q.element_size()
     stages = 1 if weights is None else stages_that_fit("rope_backward", moved, q.device)
     wrap_triton(_backward_kernel)[(programs,)](
         q_grad,
@@ -448,8 +468,10 @@ def _launch_backward(
         -(-tokens // programs),
         max(1, length),
         *q_grad.stride()[:3],
-        *k_grad.stride()[:3],
-        *v_grad.stride()[:3],
+        *k_grad.stride()[-4:-1],
+        k_grad.stride(0),
+        *v_grad.stride()[-4:-1],
+        v_grad.stride(0),
         *q.stride()[:3],
         *k.stride()[:3],
         table_batch,
@@ -457,6 +479,7 @@ def _launch_backward(
         NORM=weights is not None,
         ROPE=tables[0] is not None,
         JOINT=joint,
+        COPIES=copies,
         STAGES=stages,
         **sizes,
     )
@@ -517,7 +540,7 @@ def _joint_norm_rope_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of all heads and, [2, K] float32, of both weights."""
-    q, k, _ = _cut(qkv, k_grad.shape[2])
+    q, k, _ = _cut(qkv, k_grad.shape[-2])
     joint, _, partial = _launch_backward(q_grad, k_grad, v_grad, (q, k), (cos, sin), (q_weight, k_weight), eps)
     assert partial is not None
     return joint, partial.sum(0)
@@ -540,7 +563,13 @@ def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 def _backward_norm(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, cos, sin, q_weight, k_weight = ctx.saved_tensors
     dq, dk, sums = _norm_rope_backward(q_grad, k_grad, q, k, cos, sin, q_weight, k_weight, ctx.eps)
-    return dq, dk, None, None, sums[0].to(q_weight.dtype), sums[1].to(k_weight.dtype), None
+    return dq, dk, None, None, *_of_weights(sums, q_weight, k_weight), None
+
+
+def _of_weights(sums: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of both, rounded together where they have one dtype."""
+    sums = sums.to(q_weight.dtype) if q_weight.dtype == k_weight.dtype else sums
+    return sums[0].to(q_weight.dtype), sums[1].to(k_weight.dtype)
 
 
 _rope.register_autograd(_backward, setup_context=_setup)
@@ -560,16 +589,18 @@ class _JointNormRope(torch.autograd.Function):
         q_weight: Tensor | None,
         k_weight: Tensor | None,
         eps: float,
+        copies: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _cut(qkv, kv_heads)
         ctx.save_for_backward(None if q_weight is None else qkv, cos, sin, q_weight, k_weight)
         ctx.eps = eps
-        return *_launched(q, k, cos, sin, q_weight, k_weight, eps), v
+        q, k = _launched(q, k, cos, sin, q_weight, k_weight, eps)
+        return q, *_copied(k, v, copies)
 
     @staticmethod
     def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cos, sin, q_weight, k_weight = ctx.saved_tensors
         if q_weight is None:
-            return _joint_rope_backward(q_grad, k_grad, v_grad, cos, sin), *[None] * 6
+            return _joint_rope_backward(q_grad, k_grad, v_grad, cos, sin), *[None] * 7
         joint, sums = _joint_norm_rope_backward(q_grad, k_grad, v_grad, qkv, cos, sin, q_weight, k_weight, ctx.eps)
-        return joint, None, None, None, sums[0].to(q_weight.dtype), sums[1].to(k_weight.dtype), None
+        return joint, None, None, None, *_of_weights(sums, q_weight, k_weight), None, None

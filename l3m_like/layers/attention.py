@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal, Ones, XavierUniform, Zeros
-from l3m_like.kernels.attention import LoweredMask, attention, check_backend
+from l3m_like.kernels.attention import LoweredMask, attention, check_backend, key_copies
 from l3m_like.kernels.rope import joint_qk_norm_rope, norm_rope, qk_norm_rope
 from l3m_like.kernels.select import selected
 from l3m_like.kernels.short_attention import joint_short_attention
@@ -133,7 +133,10 @@ class Attention(nn.Module):
         elif joins(x, self.q_proj, self.k_proj, self.v_proj) and not self.interleaved:
             qkv = joined_output(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (-1, self.head_dim))
             kv_heads = self.k_proj.weight.shape[0] // self.head_dim
-            q, k, v = joint_qk_norm_rope(qkv, kv_heads, cos, sin, q_weight, k_weight, self.norm_eps, backend=self.rope_backend)
+            copies = key_copies(qkv, kv_heads, mask) if cache is None and not self.gives_kv else 1
+            q, k, v = joint_qk_norm_rope(
+                qkv, kv_heads, cos, sin, q_weight, k_weight, self.norm_eps, copies=copies, backend=self.rope_backend
+            )
         else:
             q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in joint_linear(x, self.q_proj, self.k_proj, self.v_proj))
             q, k = self._ordered(q), self._ordered(k)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from l3m_like.kernels import flash_attn_4
-from l3m_like.kernels.attention import attention, short_takes
+from l3m_like.kernels.attention import attention, key_copies, short_takes
+from l3m_like.kernels.rope import joint_qk_norm_rope
 from l3m_like.kernels.short_attention import joint_short_attention
 from l3m_like.layers import AttentionMask, choose_backend, lower
 
@@ -123,6 +124,34 @@ def test_short_rows(length: int, width: int, dtype: torch.dtype) -> None:
     for mine, a, e in ((of_q, theirs[1], exact[1]), (of_v, theirs[3], exact[3])):
         assert error(mine, e.sum((0, 1))) <= 2 * error(a.double().sum((0, 1)), e.sum((0, 1)))
     assert not of_k.any() and exact[2].sum((0, 1)).norm() <= 1e-9 * exact[2].norm()
+
+
+@pytest.mark.skipif(not flash_attn_4.is_installed(), reason="flash-attn-4 is not installed")
+def test_copies_of_keys() -> None:
+    """Keys that two query heads share, given as two copies, compiled: errors at most twice SDPA's."""
+    torch.compiler.reset()
+    generator = torch.Generator("cuda").manual_seed(0)
+    qkv, weight = (torch.randn(8, 2048, heads, 128, generator=generator, device="cuda") for heads in (16 + 8 + 8, 16))
+    angle = torch.rand(1, 2048, 128, generator=generator, device="cuda") * 6
+    norms = [torch.rand(128, generator=generator, device="cuda") + 0.5 for _ in range(2)]
+
+    def found(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        mask = lower(AttentionMask("causal"), backend, 8, 2048, 2048, qkv.device)
+        leaves = [x.bfloat16().to(dtype).requires_grad_() for x in (qkv, *norms)]
+        cos, sin = (x.to(torch.promote_types(dtype, torch.float32)) for x in (angle.cos(), angle.sin()))
+        copies = key_copies(leaves[0], 8, mask)
+        assert copies == (2 if backend == "flash_attn" else 1)
+
+        def call(joint: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
+            return attention(*joint_qk_norm_rope(joint, 8, cos, sin, q_weight, k_weight, 1e-6, copies=copies), mask)
+
+        call = torch.compile(call, fullgraph=True) if backend == "flash_attn" else call
+        out = call(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, weight.bfloat16().to(dtype))]
+
+    exact, theirs, ours = found("sdpa", torch.float64), found("sdpa", torch.bfloat16), found("flash_attn", torch.bfloat16)
+    for number, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
+        assert a.isfinite().all() and error(a, e) <= 2 * error(b, e), number
 
 
 @pytest.fixture

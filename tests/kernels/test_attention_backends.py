@@ -15,6 +15,7 @@ from torch import Tensor
 from l3m_like.core.errors import UserError
 from l3m_like.kernels import attention as kernel
 from l3m_like.kernels.attention import LoweredMask, attention, check_backend
+from l3m_like.kernels.rope import joint_qk_norm_rope
 from l3m_like.layers import AttentionMask, LayerMasks, choose_backend, lower
 
 CPU = torch.device("cpu")
@@ -123,12 +124,13 @@ class FlashAttention4:
         window = limits["window_size_left"], limits["window_size_right"]
         allowed = allowed_of(window, causal, batched[0].shape[1], borders)
         out = attention(*batched, LoweredMask("reference", allowed[None, None]))
-        return out.view(q.shape), torch.zeros(1)
+        return out.view(q.shape), q.sum(-1).mT.contiguous()  # in place of the logarithms: [B, H, S] or [H, B * S]
 
     def _flash_attn_bwd(  # type: ignore[no-untyped-def]
         self, q, k, v, out, grad, sums, *, causal: bool, deterministic: bool, **limits: Any
     ) -> tuple[Tensor, ...]:
-        assert not deterministic
+        assert not deterministic and torch.equal(sums, q.sum(-1).mT)
+        into = [limits.pop(name, None) for name in ("dq", "dk", "dv")]
         shapes = [x.shape for x in (q, k, v)]
         q, k, v, grad = (x.unsqueeze(0) if x.dim() == 3 else x for x in (q, k, v, grad))
         window = limits["window_size_left"], limits["window_size_right"]
@@ -144,7 +146,8 @@ class FlashAttention4:
             torch.einsum("bhgqs,bqhgk->bshk", of_scores, q),
             torch.einsum("bhgqs,bqhgk->bshk", weights, grad),
         )
-        return tuple(x.reshape(shape) for x, shape in zip(found, shapes, strict=True))
+        grads = tuple(x.reshape(shape) for x, shape in zip(found, shapes, strict=True))
+        return tuple(x if place is None else place.copy_(x) for x, place in zip(grads, into, strict=True))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MASKS if "prefix" not in kind and "staged" not in kind])
@@ -154,6 +157,38 @@ def test_arguments_of_flash_attention_4(kind: str, monkeypatch: pytest.MonkeyPat
     qkv = inputs(2)
     for a, b in zip(results(MASKS[kind], "flash_attn", qkv), results(MASKS[kind], "reference", qkv), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", [4, 6])
+def test_copies_of_keys(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over one query head of every key head for each copy of the keys; the gradients are summed."""
+    calls = []
+
+    class Counting(FlashAttention4):
+        def _flash_attn_bwd(self, q: Tensor, *args: Any, **more: Any) -> tuple[Tensor, ...]:
+            calls.append(q.shape[2])
+            return super()._flash_attn_bwd(q, *args, **more)
+
+    monkeypatch.setattr(kernel.flash_attn_4, "takes", lambda device: True)
+    monkeypatch.setattr(kernel.flash_attn_4, "_package", Counting)
+    monkeypatch.setattr(kernel.flash_attn_4, "multiprocessors", lambda device: 1)
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 7, heads + 4, 128, generator=generator, dtype=torch.float64)
+    weight = torch.randn(3, 7, heads, 128, generator=generator).double()
+    cos, sin = (torch.randn(1, 7, 128, generator=generator).double() for _ in range(2))
+
+    def results_of(mask: LoweredMask) -> list[Tensor]:
+        leaf = qkv.clone().requires_grad_()
+        copies = kernel.key_copies(leaf, 2, mask)
+        out = attention(*joint_qk_norm_rope(leaf, 2, cos, sin, None, None, 1e-6, copies=copies), mask)
+        return [out.detach(), *torch.autograd.grad(out, leaf, weight)]
+
+    found = results_of(LoweredMask("flash_attn", causal=True))
+    for a, b in zip(found, results_of(LoweredMask(causal=True)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    assert calls == ([2, 2] if heads == 4 else [6])  # alone where two share a key
+    with torch.no_grad():
+        assert kernel.key_copies(qkv, 2, LoweredMask("flash_attn", causal=True)) == 1
 
 
 def test_a_package_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -76,15 +76,19 @@ def test_gradients_as_attention_gives_them() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("rotated", [True, False])
-def test_joint(normed: bool, rotated: bool, dtype: torch.dtype) -> None:
-    """Queries, keys and values of one tensor, with one gradient; the last dimension is cut from something wider."""
+@pytest.mark.parametrize("copies", [1, 3])
+def test_joint(copies: int, normed: bool, rotated: bool, dtype: torch.dtype) -> None:
+    """Queries, keys and values of one tensor, with one gradient; the last dimension is cut from something wider. Of several
+    copies, each has another gradient."""
     cos, sin = tables(1, 5, 12)
 
     def call(qkv: Tensor, *weights: Tensor, backend: str) -> Any:
         wide = torch.promote_types(qkv.dtype, torch.float32)
         turns = (cos.to(wide), sin.to(wide)) if rotated else (None, None)
-        q, k, v = joint_qk_norm_rope(qkv[..., :12], 2, *turns, *(weights or (None, None)), 1e-5, backend=backend)
-        return q.transpose(1, 2) * 1, k.transpose(1, 2) * 1, v.transpose(1, 2) * 1
+        norms = weights or (None, None)
+        q, k, v = joint_qk_norm_rope(qkv[..., :12], 2, *turns, *norms, 1e-5, copies=copies, backend=backend)
+        assert k.dim() == v.dim() == (4 if copies == 1 else 5)
+        return q.transpose(1, 2) * 1, k.transpose(-3, -2) * 1, v.transpose(-3, -2) * 1
 
     check(call, [randn(2, 5, 3 + 2 + 2, 16), *((randn(12), randn(12, seed=1)) if normed else ())], dtype)
 
