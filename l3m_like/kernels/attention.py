@@ -69,7 +69,8 @@ def key_copies(qkv: Tensor, kv_heads: int, mask: LoweredMask | None) -> int:
     dense = mask is not None and mask.backend == "flash_attn" and mask.cu_seqlens is None
     if not dense or not torch.is_grad_enabled() or not flash_attn_4.takes(qkv.device):
         return 1
-    return flash_attn_4.copies_for(*qkv.shape[:2], qkv.shape[2] - 2 * kv_heads, kv_heads, qkv.shape[3], qkv.device)
+    rows, length, heads, width = qkv.shape
+    return flash_attn_4.copies_for(rows, length, heads - 2 * kv_heads, kv_heads, width, qkv.device)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> Tensor:

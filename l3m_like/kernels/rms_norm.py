@@ -58,6 +58,11 @@ def rms_norm_and_residual(x: Tensor, weight: Tensor, eps: float, *, backend: str
     return rms_norm_reference(x, weight, eps), x
 
 
+def adds_residual(x: Tensor, weight: Tensor, *, backend: str = "auto") -> bool:
+    """Whether ``rms_norm`` adds a residual in its own pass over ``x``."""
+    return use_triton("rms_norm", backend, x, weight, width=x.shape[-1])
+
+
 # ---- Triton --------------------------------------------------------------------------------------------------------------
 
 

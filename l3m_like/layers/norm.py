@@ -16,7 +16,7 @@ from l3m_like.kernels.modulated_norm import (
     modulated_norm,
     modulated_norm_and_residual,
 )
-from l3m_like.kernels.rms_norm import rms_norm, rms_norm_and_residual
+from l3m_like.kernels.rms_norm import adds_residual, rms_norm, rms_norm_and_residual
 from l3m_like.kernels.select import selected
 
 
@@ -43,6 +43,10 @@ class RMSNorm(nn.Module):
         if residual is None:
             return rms_norm(x, self.weight, self.eps, backend=self.backend)
         return rms_norm(x, self.weight, self.eps, residual, backend=self.backend)
+
+    def adds_residual(self, x: Tensor) -> bool:
+        """Whether ``forward`` adds a residual in its own pass over ``x``."""
+        return adds_residual(x, self.weight, backend=self.backend)
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """As ``LayerNorm.modulated``."""

@@ -17,7 +17,7 @@ from l3m_like.layers.cache import LayerCache
 from l3m_like.layers.linear import bias_apart, last_linear
 from l3m_like.layers.modulation import Modulation
 from l3m_like.layers.moe import MoE
-from l3m_like.layers.norm import LayerNorm, make_norm, norm_spec
+from l3m_like.layers.norm import LayerNorm, RMSNorm, make_norm, norm_spec
 
 
 class TransformerLayer(nn.Module):
@@ -33,6 +33,9 @@ class TransformerLayer(nn.Module):
         norm_eps: of both norms.
         norm: "rms", or "layer": LayerNorm with weight and bias.
     """
+
+    #: it runs again in the backward pass: activation checkpointing says so
+    recomputed = False
 
     mixer: Any
     mlp: Any
@@ -63,18 +66,27 @@ class TransformerLayer(nn.Module):
         valid: Tensor | None = None,
         kv: tuple[Tensor, Tensor] | None = None,
         keep: Tensor | None = None,
+        deferred: Tensor | None = None,
     ) -> Any:
         """x; with experts (x, ``Routing``); and ``kv`` behind them if the mixer gives it.
 
-        ``keep`` [2, B]: factors on what the mixer and the MLP add to each row (stochastic depth).
+        ``keep`` [2, B]: factors on what the mixer and the MLP add to each row (stochastic depth). With what the layer before has
+        ``deferred`` [B, S, D], which the first norm adds in its own pass, what this one's MLP gives comes behind x, not in it.
         """
-        normed, x = self.norm_1.with_residual(x)
+        normed, x = self.norm_1.with_residual(x) if deferred is None else self.norm_1(deferred, residual=x)
         mixed = self.mixer(normed, rope, mask, cache, *(() if kv is None else (kv,)))
         mixed, *given = mixed if isinstance(mixed, tuple) else (mixed,)
         normed, x = self.norm_2(mixed if keep is None else mixed * keep[0].view(-1, 1, 1), residual=x)
         out, *routing = self.mlp(normed, valid) if self.routes else (self.mlp(normed),)
-        x = x + (out if keep is None else out * keep[1].view(-1, 1, 1))
-        return (x, *routing, *given) if routing or given else x
+        out = out if keep is None else out * keep[1].view(-1, 1, 1)
+        if deferred is not None:
+            return x, out, *routing, *given
+        return (x + out, *routing, *given) if routing or given else x + out
+
+    def can_defer(self, x: Tensor) -> bool:
+        """Whether the next layer's norm had better add what this one's MLP gives: one pass over x less. Not where the layer is
+        recomputed, which keeps what it is given: one tensor, not two."""
+        return isinstance(self.norm_1, RMSNorm) and self.norm_1.adds_residual(x) and not self.recomputed
 
     def flops(self, tokens: int, pairs: int) -> int:
         return self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)
@@ -84,6 +96,18 @@ class TransformerLayer(nn.Module):
 
     def init_spec(self) -> dict[str, Init]:
         return norm_spec("norm_1", self.norm_1) | norm_spec("norm_2", self.norm_2)
+
+
+class NothingDeferred(torch.autograd.Function):
+    """Zeros in the shape of x, for the first layer. They require gradients where x does, so that all layers share a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
 
 
 class ParallelLayer(nn.Module):

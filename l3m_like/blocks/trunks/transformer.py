@@ -18,7 +18,7 @@ from l3m_like.layers.cache import StaticCache
 from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind, counted_tokens
 from l3m_like.layers.moe import RouterLoads
 from l3m_like.layers.rope import Rope
-from l3m_like.layers.transformer import TransformerLayer
+from l3m_like.layers.transformer import NothingDeferred, TransformerLayer
 
 Layer = Callable[[int], nn.Module]
 
@@ -149,6 +149,9 @@ class Transformer(ReadWriteBlock):
         keep = self._kept(row, tokens) if self.drop_path and self.training else None
         routings = []
         kv = None
+        units: list[Any] = list(self.layers)
+        defers = cache is None and all(hasattr(layer, "can_defer") and layer.can_defer(tokens) for layer in units)
+        deferred = NothingDeferred.apply(tokens) if defers else None
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
             more: dict[str, Any] = {"valid": valid} if getattr(layer, "routes", False) else {}
@@ -156,14 +159,20 @@ class Transformer(ReadWriteBlock):
                 more["kv"] = kv
             if keep is not None:
                 more["keep"] = keep[index]
+            if deferred is not None:
+                more["deferred"] = deferred
             out = layer(tokens, rope, masks.of(layer), layer_cache, **more)
             tokens, *rest = out if isinstance(out, tuple) else (out,)
+            if deferred is not None:
+                deferred = rest.pop(0)
             if "valid" in more:
                 routings.append(rest.pop(0))
             if rest:
                 (kv,) = rest
         if cache is not None:
             cache.end(entered)
+        if deferred is not None:
+            tokens = tokens + deferred
         written = {"hidden": tokens if self.streams == 1 else tokens[0]}
         if routings:
             written |= zip(ROUTING, (torch.stack(values) for values in zip(*routings, strict=True)), strict=True)
