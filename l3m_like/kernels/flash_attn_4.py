@@ -35,8 +35,9 @@ def is_installed() -> bool:
         return False
 
 
+@torch.compiler.assume_constant_result
 def takes(device: torch.device) -> bool:
-    """Whether it runs on ``device``: Hopper or newer, with gradients."""
+    """Whether it runs on ``device``: Hopper or newer, with gradients. (Traced, it would break graphs: it looks for packages.)"""
     if device.type != "cuda" or not is_installed() or torch.cuda.get_device_capability(device) < (9, 0):
         return False
     return _package() is not None
@@ -58,6 +59,7 @@ def flash_attention_4(
     return _attention(*flat, borders, longest, causal, *window)[0].view(q.shape)
 
 
+@torch.compiler.assume_constant_result
 def copies_for(rows: int, length: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> int:
     """How many copies of keys and values make the backward pass fastest: 2 where two query heads share a key head and the pass
     over one of both keeps the device busy (measured on an H200, with heads of 128)."""

@@ -220,8 +220,7 @@ class _Chunks:
         if grad is None:
             return None
         if factor is not None:
-            # by the exact factor, rounded once: rounded before, it would scale all gradients below by a little too much or less
-            grad = torch.mul(grad, factor.view(1), out=torch.empty_like(grad))
+            grad = self._times(grad, factor, grad.dtype)
         if self.group is not None:
             dist.all_reduce(grad, group=self.group)  # each rank has the part of its logits
         return grad
@@ -231,9 +230,13 @@ class _Chunks:
             return None
         if factor is None:
             return grad.to(self.weight.dtype)
+        return self._times(grad, factor, self.weight.dtype)
+
+    def _times(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """By the exact factor, rounded once, in one pass: one that is rounded before is a little too much or less for all."""
         if self.triton and not grad.is_meta:
-            return scaled(grad.unsqueeze(0), factor, self.weight.dtype).squeeze(0)
-        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=self.weight.dtype))  # rounds once, in one pass
+            return scaled(grad.unsqueeze(0), factor, dtype).squeeze(0)
+        return torch.mul(grad, factor.view(1), out=torch.empty_like(grad, dtype=dtype))
 
 
 def _one_number(grad: Tensor) -> bool:

@@ -1,5 +1,5 @@
-"""Tensors times a number that is on the device, in another dtype, in one pass: Newton-Schulz begins with it, and by it the
-gradient of a large vocabulary leaves float32. torch makes two passes, or one of mixed dtypes, which is slow.
+"""Tensors times a number that is on the device, in one pass, in another dtype too: Newton-Schulz begins with it, and gradients of
+a vocabulary end with it. torch makes two passes, or one of mixed dtypes, which is slow.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         Tensor like ``x``, in ``dtype``.
     """
     out = torch.empty_like(x, dtype=dtype)
-    size = x[0].numel()
-    _scale_kernel[(triton.cdiv(size, _BLOCK), x.shape[0])](
-        x, factor, out, size, EACH=factor.numel() > 1, BLOCK=_BLOCK, num_warps=8
-    )
+    if x.numel():
+        size = x[0].numel()
+        _scale_kernel[(triton.cdiv(size, _BLOCK), x.shape[0])](
+            x, factor, out, size, EACH=factor.numel() > 1, BLOCK=_BLOCK, num_warps=8
+        )
     return out
 
 

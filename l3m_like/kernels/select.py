@@ -23,6 +23,7 @@ AUTO = {
     "rope": True,  # 0.76, with QK-norm
     "gelu": True,  # 0.83 to 0.90
     "swiglu": True,  # 1.00
+    "embedding": True,  # of the gradient
     "random": True,  # one kernel of 150, which are not compiled; float64 as well
 }
 

@@ -5,10 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from l3m_like.kernels.embedding import embedding
 from l3m_like.kernels.linear_cross_entropy import linear_cross_entropy
+from l3m_like.kernels.select import selected
+
+
+class TokenTable(nn.Embedding):
+    """A vector for every token: ids int64 [...] -> [..., D]."""
+
+    def __init__(self, tokens: int, dim: int) -> None:
+        super().__init__(tokens, dim)
+        self.backend = selected("embedding")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if isinstance(self.weight, DTensor):  # cut by tensor parallelism, which looks up in the parts
+            return super().forward(ids)
+        return embedding(ids, self.weight, backend=self.backend)
 
 
 def vocabulary_nll(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: str, weights: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from l3m_like.core.errors import UserError
+from l3m_like.kernels.embedding import embedding
 from l3m_like.kernels.gelu import linear_gelu
 from l3m_like.kernels.modulated_norm import (
     gated_modulated_norm,
@@ -58,11 +59,17 @@ def of_fused(qkv: Tensor, *weights: Tensor, backend: str) -> Any:
     return rope_of(q.unflatten(-1, (4, 128)), k.unflatten(-1, (2, 128)), *weights, backend=backend)
 
 
-def joint_rope_of(qkv: Tensor, *weights: Tensor, backend: str) -> Any:
+def joint_rope_of(qkv: Tensor, *weights: Tensor, backend: str, copies: int = 1) -> Any:
     """Two heads of keys and two of values are the last; values return as they are, and their gradient among the others."""
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     cos, sin = (table.to(dtype) for table in Rope(qkv.shape[-1], 1e4)(torch.arange(qkv.shape[1], device=qkv.device)))
-    return joint_qk_norm_rope(qkv, 2, cos, sin, *(weights or (None, None)), 1e-6, backend=backend)
+    return joint_qk_norm_rope(qkv, 2, cos, sin, *(weights or (None, None)), 1e-6, copies=copies, backend=backend)
+
+
+def looked_up(weight: Tensor, *, backend: str) -> Tensor:
+    """One row many times, others once or never."""
+    ids = torch.arange(3000, device=weight.device) * 7 % 2600
+    return embedding(torch.where(ids < len(weight), ids, 5), weight, backend=backend)
 
 
 def with_residual(x: Tensor, weight: Tensor, *, backend: str) -> Any:
@@ -103,9 +110,11 @@ OPS = {
     "norm_rope_fused": Op(of_fused, [(2, 511, 8 * 128), (128,), (128,)]),
     "rope": Op(rope_of, [(2, 511, 32, 64), (2, 511, 8, 64)]),
     "joint_norm_rope": Op(joint_rope_of, [(2, 511, 4 + 2 + 2, 128), (128,), (128,)]),
+    "joint_norm_rope_copies": Op(partial(joint_rope_of, copies=2), [(2, 511, 4 + 2 + 2, 128), (128,), (128,)]),
     "joint_rope": Op(joint_rope_of, [(2, 511, 6 + 2 + 2, 64)]),
     "gelu_tanh": Op(partial(linear_gelu, tanh=True), [(3, 500, 384), (1536, 384), (1536,)]),
     "gelu": Op(partial(linear_gelu, tanh=False), [(3, 500, 200), (1000, 200), (1000,)]),
+    "embedding": Op(looked_up, [(1500, 2001)]),
     "swiglu": Op(swiglu, [(3, 500, 6144), (3, 500, 6144)]),
     "swiglu_halves": Op(swiglu, [(3, 500, 2 * 1000)]),
 }

@@ -62,7 +62,8 @@ def test_a_choice_that_cannot_run_is_an_error() -> None:
 def test_the_line_at_the_start() -> None:
     choices = dict.fromkeys([*AUTO, "attention", "linear_cross_entropy"], "auto")
     assert in_use(choices, "cpu", "fp32") == (
-        "kernels: rms_norm=torch modulated_norm=torch rope=torch gelu=torch swiglu=torch random=torch linear_cross_entropy=torch"
+        "kernels: rms_norm=torch modulated_norm=torch rope=torch gelu=torch swiglu=torch embedding=torch random=torch "
+        "linear_cross_entropy=torch"
     )
     with pytest.raises(UserError, match="kernels.swiglu = triton"):
         in_use(choices | {"swiglu": "triton"}, "cpu", "bf16")
