@@ -301,7 +301,7 @@ class Kernels:
     random: str = setting("auto", "Draws: noise, masks, initial weights. Their numbers are the same.", choices=_VERSIONS)
     attention: str = setting(
         "auto",
-        "Attention. flash_attn is an installed package (extras flash4 and flash), which auto never takes.",
+        "Attention. flash_attn is an installed package (extras flash4 and flash); auto takes flash-attn-4 where it was faster.",
         choices=("auto", "reference", "sdpa", "cudnn", "short", "flash", "varlen", "flex", "flash_attn"),
     )
     linear_cross_entropy: str = setting(

@@ -187,6 +187,11 @@ def cudnn_takes(head_dim: int, device: torch.device) -> bool:
     return head_dim % 8 == 0 and head_dim <= 128 and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def flash_attn_4_wins(rows: int, length: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> bool:
+    """Whether flash-attn-4 is there, and faster than cuDNN for so many causal rows, forward and backward."""
+    return flash_attn_4.takes(device) and flash_attn_4.copies_for(rows, length, heads, kv_heads, head_dim, device) > 1
+
+
 _FLASH_ATTN = ("flash_attn_interface", "flash_attn")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.kernels.attention import BORDERS, FUSED, LoweredMask, cudnn_takes, short_takes
+from l3m_like.kernels.attention import BORDERS, FUSED, LoweredMask, cudnn_takes, flash_attn_4_wins, short_takes
 from l3m_like.kernels.linear_cross_entropy import IGNORE
 
 KINDS = ("full", "causal", "prefix", "staged")
@@ -79,20 +79,22 @@ def choose_backend(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
-    grouped: bool = False,
+    heads: tuple[int, int] = (1, 1),
+    rows: int = 1,
 ) -> str:
     """The backend for ``mask``: the one that was asked for, or for "auto" the fastest that is exact.
 
-    ``grouped``: query heads share key heads. Measured on Hopper (docs/benchmarks.md): for short rows without a mask cuDNN with a
-    backward pass of ours ("short"), else cuDNN where neither documents, windows nor prefixes are masked, else FlexAttention
-    (FlashAttention-2 over document borders takes longer, the longer the list of borders that few documents fill). Elsewhere
-    (CPU, fp32, a key/value cache) SDPA. FlashAttention-4 was no faster in a step, beyond noise.
+    ``heads``: of queries, and of keys. Measured on Hopper (docs/benchmarks.md): for short rows without a mask cuDNN with a
+    backward pass of ours ("short"), else cuDNN where neither documents, windows nor prefixes are masked (where two query heads
+    share a key head and rows are long, FlashAttention-4 if it is installed), else FlexAttention (FlashAttention-2 over document
+    borders takes longer, the longer the list of borders that few documents fill). Elsewhere (CPU, fp32, a key/value cache) SDPA.
 
     Raises:
         UserError: the backend that was asked for cannot do this mask exactly, with what can.
     """
     square = _begins(mask) and query_length == kv_length and mask.kv_document_ids is None
     half = dtype in (torch.float16, torch.bfloat16)
+    grouped = heads[0] != heads[1]
     by_place = mask.kind in ("full", "causal")
     plain = by_place and square and mask.window is None and mask.document_ids is None
     bordered = by_place and square and (mask.document_ids is None or mask.cu_seqlens is not None)
@@ -102,8 +104,10 @@ def choose_backend(
         if plain:
             if mask.kind == "full" and short_takes(query_length, head_dim, grouped, device):
                 return "short"
-            exact = torch.are_deterministic_algorithms_enabled()  # cuDNN's backward pass is not
-            return "cudnn" if cudnn_takes(head_dim, device) and not exact else "flash" if head_dim <= 256 else "sdpa"
+            if torch.are_deterministic_algorithms_enabled() or not cudnn_takes(head_dim, device):  # its backward pass is not
+                return "flash" if head_dim <= 256 else "sdpa"
+            wins = mask.kind == "causal" and flash_attn_4_wins(rows, query_length, *heads, head_dim, device)
+            return "flash_attn" if wins else "cudnn"
         return "flex" if 16 <= head_dim <= 256 else "sdpa"
     problem = None
     meta = device.type == "meta"  # shapes alone: the device and the dtype are not yet those of the run
@@ -279,8 +283,8 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LayerMasks:
-    """One mask, lowered once for each way in which the layers of a trunk want it: by their backend, window, width of
-    heads, and whether heads share keys.
+    """One mask, lowered once for each way in which the layers of a trunk want it: by their backend, window, width and numbers of
+    heads.
 
     ``told``: takes what each kind of mask was lowered to, ``{"causal, documents": "flex"}``, for the run to print.
     """
@@ -297,16 +301,16 @@ class LayerMasks:
         asked = getattr(layer.mixer, "backend", None)
         if asked is None:
             return self.mask
-        heads = getattr(layer.mixer, "num_heads", None)
-        grouped = heads != getattr(layer.mixer, "num_kv_heads", heads)
-        key = (asked, layer.mixer.window, layer.mixer.head_dim, grouped)
+        number = getattr(layer.mixer, "num_heads", 1)
+        heads = number, getattr(layer.mixer, "num_kv_heads", number)
+        key = (asked, layer.mixer.window, layer.mixer.head_dim, heads)
         if key not in self._made:
             mask = dataclasses.replace(self.mask, window=layer.mixer.window)
-            lengths, device = (self.query_length, self.kv_length), self.tokens.device
-            backend = choose_backend(asked, mask, *lengths, layer.mixer.head_dim, self.tokens.dtype, device, grouped)
+            lengths, device, rows = (self.query_length, self.kv_length), self.tokens.device, self.tokens.shape[0]
+            backend = choose_backend(asked, mask, *lengths, layer.mixer.head_dim, self.tokens.dtype, device, heads, rows)
             self.told[_words(mask)] = backend
             half = self.tokens.dtype.itemsize == 2
-            self._made[key] = lower(mask, backend, self.tokens.shape[0], *lengths, device, half=half)
+            self._made[key] = lower(mask, backend, rows, *lengths, device, half=half)
         return self._made[key]
 
 

@@ -243,6 +243,22 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+def test_auto_takes_flash_attention_4_where_it_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal, two query heads for a key head, rows enough for the device."""
+    monkeypatch.setattr("l3m_like.layers.masks.cudnn_takes", lambda head_dim, device: True)
+    monkeypatch.setattr(kernel.flash_attn_4, "multiprocessors", lambda device: 132)
+
+    def chosen(kind: str = "causal", rows: int = 4, heads: tuple[int, int] = (16, 8), width: int = 128) -> str:
+        return choose_backend("auto", MASKS[kind], 4096, 4096, width, torch.bfloat16, torch.device("cuda"), heads, rows)
+
+    monkeypatch.setattr(kernel.flash_attn_4, "takes", lambda device: False)
+    assert chosen() == "cudnn"
+    monkeypatch.setattr(kernel.flash_attn_4, "takes", lambda device: True)
+    assert chosen() == "flash_attn"
+    assert chosen(rows=2) == chosen(heads=(16, 16)) == chosen(heads=(32, 8)) == chosen(width=64) == chosen("full") == "cudnn"
+    assert chosen("documents") == "flex"
+
+
 def test_what_ran_is_told() -> None:
     tokens, told = torch.zeros(2, 7, 4), {}
     layers = [SimpleNamespace(mixer=SimpleNamespace(backend="auto", window=window, head_dim=8)) for window in (None, 3)]
@@ -288,7 +304,8 @@ def test_short_rows_are_chosen_where_they_are_exact(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(masks, "cudnn_takes", lambda head_dim, device: True)
 
     def chosen(asked: str, kind: str, grouped: bool = False) -> str:
-        return choose_backend(asked, AttentionMask(kind), 256, 256, 64, torch.bfloat16, torch.device("cuda"), grouped)
+        heads = (4, 2 if grouped else 4)
+        return choose_backend(asked, AttentionMask(kind), 256, 256, 64, torch.bfloat16, torch.device("cuda"), heads)
 
     assert [chosen(asked, "full") for asked in ("auto", "short")] == ["short", "short"]
     assert [chosen("auto", "causal"), chosen("auto", "full", grouped=True)] == ["cudnn", "cudnn"]
