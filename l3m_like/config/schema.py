@@ -297,11 +297,11 @@ class Kernels:
     rope: str = setting("auto", "Norm and rotary positions of queries and keys.", choices=_VERSIONS)
     gelu: str = setting("auto", "GELU in an MLP, with the bias before it.", choices=_VERSIONS)
     swiglu: str = setting("auto", "The gated activation of the MLP.", choices=_VERSIONS)
-    embedding: str = setting("auto", "The gradient of the tokens' table.", choices=_VERSIONS)
+    embedding: str = setting("auto", "The gradient of the embedding of tokens.", choices=_VERSIONS)
     random: str = setting("auto", "Draws: noise, masks, initial weights. Their numbers are the same.", choices=_VERSIONS)
     attention: str = setting(
         "auto",
-        "Attention. flash_attn is an installed package (extras flash4 and flash); auto takes flash-attn-4 where it was faster.",
+        "Attention. flash_attn is an installed package (extras flash4 and flash); auto takes flash-attn-4 for some long rows.",
         choices=("auto", "reference", "sdpa", "cudnn", "short", "flash", "varlen", "flex", "flash_attn"),
     )
     linear_cross_entropy: str = setting(

@@ -1,8 +1,8 @@
 """Scaled dot-product attention with grouped key/value heads, by one of several backends.
 
 Shapes: q [B, Sq, H, K]; k [B, Skv, Hkv, K]; v [B, Skv, Hkv, Kv], Kv at most K; H a multiple of Hkv (key head j serves the query
-heads j*g .. j*g+g-1; keys are never repeated). What may attend to what arrives as a ``LoweredMask``: the form that its backend
-wants, made once per forward by ``layers/masks.py``.
+heads j*g .. j*g+g-1; keys are never repeated, but flash_attn may be given copies of one memory: ``key_copies``). What may
+attend to what arrives as a ``LoweredMask``: the form that its backend wants, made once per forward by ``layers/masks.py``.
 
 | backend | what it is | masks |
 |---|---|---|
@@ -188,8 +188,11 @@ def cudnn_takes(head_dim: int, device: torch.device) -> bool:
 
 
 def flash_attn_4_wins(rows: int, length: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> bool:
-    """Whether flash-attn-4 is there, and faster than cuDNN for so many causal rows, forward and backward."""
-    return flash_attn_4.takes(device) and flash_attn_4.copies_for(rows, length, heads, kv_heads, head_dim, device) > 1
+    """Whether flash-attn-4 is there, and faster than cuDNN for so many causal rows, forward and backward: long ones, whose keys
+    it is given as copies. In a training step that was measured with 4 rows of 4096 on an H200 alone (docs/benchmarks.md)."""
+    if not flash_attn_4.takes(device) or length < 4096:
+        return False
+    return flash_attn_4.copies_for(rows, length, heads, kv_heads, head_dim, device) > 1
 
 
 _FLASH_ATTN = ("flash_attn_interface", "flash_attn")

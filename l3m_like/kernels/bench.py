@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l3m_like.kernels import launch
+from l3m_like.kernels.embedding import embedding
 from l3m_like.kernels.gelu import _bias_gelu
 from l3m_like.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from l3m_like.kernels.modulated_norm import gated_modulated_norm, gated_residual, modulated_norm_and_residual
@@ -102,6 +103,13 @@ def cases() -> Iterator[Case]:
         [_randn(8, 4096, 32, 128), *tables, _randn(128), _randn(128)],
         lambda qkv, cos, sin, wq, wk: joint_qk_norm_rope(qkv, 8, cos, sin, wq, wk, EPS, backend="triton"),
         lambda qkv, cos, sin, wq, wk: joint_qk_norm_rope(qkv, 8, cos, sin, wq, wk, EPS, backend="torch"),
+    )  # fmt: skip
+    ids = torch.randint(0, 151936, (16384,), device="cuda")
+    table = torch.nn.Parameter(torch.zeros(151936, 2048, device="cuda", dtype=torch.bfloat16))
+    yield Case(
+        "embedding", "16384 of 151936x2048", (151936 + 4 * 16384) * 2048 * 2, [table],
+        lambda table: embedding(ids, table, backend="triton"),
+        lambda table: embedding(ids, table, backend="torch"),
     )  # fmt: skip
     for tanh in (True, False):
         yield Case(

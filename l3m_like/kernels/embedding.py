@@ -43,7 +43,8 @@ class _Embedding(torch.autograd.Function):
 
 
 def embedding_gradient(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
-    """The table's gradient [rows, D] in the dtype of ``grad`` [..., D], that of ``table[ids]``."""
+    """The table's gradient [rows, D] in the dtype of ``grad`` [..., D], that of ``table[ids]``; ids int64 [...]. Rows that nobody
+    looked up have 0."""
     grad = grad.reshape(ids.numel(), grad.shape[-1]).contiguous()
     out = grad.new_zeros(rows, grad.shape[1])
     if grad.is_meta or not grad.numel():

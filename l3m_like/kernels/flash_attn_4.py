@@ -46,7 +46,7 @@ def takes(device: torch.device) -> bool:
 def flash_attention_4(
     q: Tensor, k: Tensor, v: Tensor, *, borders: Tensor | None = None, longest: int = 0, causal: bool, window: tuple[int, int]
 ) -> Tensor:
-    """Attention in the shape of ``q``, scores scaled by 1 / sqrt(K).
+    """Attention in the shape of ``q``, scores scaled by 1 / sqrt(K). Without borders, ``k`` and ``v`` may be copies.
 
     Args:
         borders: int32 [N + 1]: where documents begin and end in B * S, none longer than ``longest``.

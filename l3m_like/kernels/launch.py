@@ -205,7 +205,7 @@ def warps(elements: int, kernel: str) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 elsewhere."""
+    """Streaming multiprocessors of ``device``; 1 where it is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

@@ -133,6 +133,7 @@ class Attention(nn.Module):
         elif joins(x, self.q_proj, self.k_proj, self.v_proj) and not self.interleaved:
             qkv = joined_output(x, self.q_proj, self.k_proj, self.v_proj).unflatten(-1, (-1, self.head_dim))
             kv_heads = self.k_proj.weight.shape[0] // self.head_dim
+            # a cache and the layers above take them once
             copies = key_copies(qkv, kv_heads, mask) if cache is None and not self.gives_kv else 1
             q, k, v = joint_qk_norm_rope(
                 qkv, kv_heads, cos, sin, q_weight, k_weight, self.norm_eps, copies=copies, backend=self.rope_backend

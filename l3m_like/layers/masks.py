@@ -84,10 +84,11 @@ def choose_backend(
 ) -> str:
     """The backend for ``mask``: the one that was asked for, or for "auto" the fastest that is exact.
 
-    ``heads``: of queries, and of keys. Measured on Hopper (docs/benchmarks.md): for short rows without a mask cuDNN with a
-    backward pass of ours ("short"), else cuDNN where neither documents, windows nor prefixes are masked (where two query heads
-    share a key head and rows are long, FlashAttention-4 if it is installed), else FlexAttention (FlashAttention-2 over document
-    borders takes longer, the longer the list of borders that few documents fill). Elsewhere (CPU, fp32, a key/value cache) SDPA.
+    ``heads``: of queries, and of keys; ``rows``: B. Measured on Hopper (docs/benchmarks.md): for short rows without a mask cuDNN
+    with a backward pass of ours ("short"), else cuDNN where neither documents, windows nor prefixes are masked (for long causal
+    rows whose query heads share key heads by two, FlashAttention-4 if it is installed), else FlexAttention (FlashAttention-2 over
+    document borders takes longer, the longer the list of borders that few documents fill). Elsewhere (CPU, fp32, a key/value
+    cache) SDPA.
 
     Raises:
         UserError: the backend that was asked for cannot do this mask exactly, with what can.

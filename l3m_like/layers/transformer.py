@@ -88,6 +88,14 @@ class TransformerLayer(nn.Module):
         recomputed, which keeps what it is given: one tensor, not two."""
         return isinstance(self.norm_1, RMSNorm) and self.norm_1.adds_residual(x) and not self.recomputed
 
+    def nothing_deferred(self, x: Tensor) -> Tensor:
+        """For the first layer: zeros. They require gradients where x does, so that all layers share a graph."""
+        return _Zeros.apply(x)
+
+    def add_deferred(self, x: Tensor, deferred: Tensor) -> Tensor:
+        """What the last layer left."""
+        return x + deferred
+
     def flops(self, tokens: int, pairs: int) -> int:
         return self.mixer.flops(tokens, pairs) + self.mlp.flops(tokens)
 
@@ -98,8 +106,8 @@ class TransformerLayer(nn.Module):
         return norm_spec("norm_1", self.norm_1) | norm_spec("norm_2", self.norm_2)
 
 
-class NothingDeferred(torch.autograd.Function):
-    """Zeros in the shape of x, for the first layer. They require gradients where x does, so that all layers share a graph."""
+class _Zeros(torch.autograd.Function):
+    """In the shape of x, to which they give no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

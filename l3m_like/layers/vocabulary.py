@@ -13,11 +13,12 @@ from l3m_like.kernels.linear_cross_entropy import linear_cross_entropy
 from l3m_like.kernels.select import selected
 
 
-class TokenTable(nn.Embedding):
-    """A vector for every token: ids int64 [...] -> [..., D]."""
+class TokenEmbedding(nn.Embedding):
+    """A vector for every token: ids int64 [...] -> [..., D]; weight [V, D]. ``kernels.embedding`` chooses the backward pass; a
+    matrix that tensor parallelism has cut has torch's. Its owner names the weight in ``init_spec``."""
 
-    def __init__(self, tokens: int, dim: int) -> None:
-        super().__init__(tokens, dim)
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__(vocab_size, dim)
         self.backend = selected("embedding")
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -243,19 +243,22 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_auto_takes_flash_attention_4_where_it_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_flash_attention_4_for_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Causal, two query heads for a key head, rows enough for the device."""
     monkeypatch.setattr("l3m_like.layers.masks.cudnn_takes", lambda head_dim, device: True)
     monkeypatch.setattr(kernel.flash_attn_4, "multiprocessors", lambda device: 132)
 
-    def chosen(kind: str = "causal", rows: int = 4, heads: tuple[int, int] = (16, 8), width: int = 128) -> str:
-        return choose_backend("auto", MASKS[kind], 4096, 4096, width, torch.bfloat16, torch.device("cuda"), heads, rows)
+    def chosen(
+        kind: str = "causal", rows: int = 4, length: int = 4096, heads: tuple[int, int] = (16, 8), width: int = 128
+    ) -> str:
+        return choose_backend("auto", MASKS[kind], length, length, width, torch.bfloat16, torch.device("cuda"), heads, rows)
 
     monkeypatch.setattr(kernel.flash_attn_4, "takes", lambda device: False)
     assert chosen() == "cudnn"
     monkeypatch.setattr(kernel.flash_attn_4, "takes", lambda device: True)
     assert chosen() == "flash_attn"
-    assert chosen(rows=2) == chosen(heads=(16, 16)) == chosen(heads=(32, 8)) == chosen(width=64) == chosen("full") == "cudnn"
+    assert chosen(rows=2) == chosen(rows=8, length=2048) == "cudnn"
+    assert chosen(heads=(16, 16)) == chosen(heads=(32, 8)) == chosen(width=64) == chosen("full") == "cudnn"
     assert chosen("documents") == "flex"
 
 

@@ -11,7 +11,7 @@ from l3m_like.core.block import ReadWriteBlock
 from l3m_like.core.errors import UserError
 from l3m_like.core.init import Init, Normal
 from l3m_like.layers.patch_embed import sincos_at, sincos_positions
-from l3m_like.layers.vocabulary import TokenTable
+from l3m_like.layers.vocabulary import TokenEmbedding
 
 
 class TokenEmbed(ReadWriteBlock):
@@ -32,7 +32,7 @@ class TokenEmbed(ReadWriteBlock):
         super().__init__(**ports)
         if vocab_size < 1 or dim < 1:
             raise UserError(f"TokenEmbed: vocab_size and dim must be at least 1, got {vocab_size} and {dim}.")
-        self.embed = TokenTable(vocab_size, dim)
+        self.embed = TokenEmbedding(vocab_size, dim)
 
     def compute(self, ids: Tensor) -> Tensor:
         return self.embed(ids)

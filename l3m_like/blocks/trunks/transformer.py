@@ -18,7 +18,7 @@ from l3m_like.layers.cache import StaticCache
 from l3m_like.layers.masks import AttentionMask, LayerMasks, attended_pairs, check_kind, counted_tokens
 from l3m_like.layers.moe import RouterLoads
 from l3m_like.layers.rope import Rope
-from l3m_like.layers.transformer import NothingDeferred, TransformerLayer
+from l3m_like.layers.transformer import TransformerLayer
 
 Layer = Callable[[int], nn.Module]
 
@@ -151,8 +151,8 @@ class Transformer(ReadWriteBlock):
         kv = None
         units: list[Any] = list(self.layers)
         defers = cache is None and all(hasattr(layer, "can_defer") and layer.can_defer(tokens) for layer in units)
-        deferred = NothingDeferred.apply(tokens) if defers else None
-        for index, layer in enumerate(self.layers):
+        deferred = units[0].nothing_deferred(tokens) if defers else None
+        for index, layer in enumerate(units):
             layer_cache = cache.layers[index] if cache is not None else None
             more: dict[str, Any] = {"valid": valid} if getattr(layer, "routes", False) else {}
             if index % self.kv_every:
@@ -172,7 +172,7 @@ class Transformer(ReadWriteBlock):
         if cache is not None:
             cache.end(entered)
         if deferred is not None:
-            tokens = tokens + deferred
+            tokens = units[-1].add_deferred(tokens, deferred)
         written = {"hidden": tokens if self.streams == 1 else tokens[0]}
         if routings:
             written |= zip(ROUTING, (torch.stack(values) for values in zip(*routings, strict=True)), strict=True)

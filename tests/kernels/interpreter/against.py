@@ -30,6 +30,11 @@ def outputs_and_gradients(call: Callable[..., Any], inputs: Sequence[Tensor], vi
     return [*outs, *torch.autograd.grad(outs, leaves, weights)]
 
 
+def worst(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest error of any tensor, as a part of its largest value."""
+    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, exact, strict=True))
+
+
 def check(
     call: Callable[..., Any],
     inputs: Sequence[Tensor],

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from against import TOLERANCE, randn
+from against import TOLERANCE, randn, worst
 from torch import Tensor, nn
 
 from l3m_like.blocks import Transformer
@@ -49,10 +49,6 @@ def outputs_and_gradients(trunk: Transformer, dtype: torch.dtype = torch.float32
     return [out.detach(), *torch.autograd.grad(loss, [tokens, *trunk.parameters()])]
 
 
-def worst(ours: list[Tensor], exact: list[Tensor]) -> float:
-    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, exact, strict=True))
-
-
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "experts": {"routed": True},
@@ -61,31 +57,47 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_leaves_its_mlp_to_the_next(kind: str) -> None:
-    """It is the same, compiled or not, and layers share a graph; recomputed layers are given one tensor, not two."""
-    more = {"row": torch.arange(B)} if kind == "stochastic depth" else {}
-    exact = outputs_and_gradients(trunk_with("torch", **KINDS[kind]).double(), torch.float64, **more)
-    sums = mock.patch.object(norm, "rms_norm", wraps=norm.rms_norm)
-    alone = mock.patch.object(norm, "rms_norm_and_residual", wraps=norm.rms_norm_and_residual)
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def exact(kind: str) -> list[Tensor]:
+    return outputs_and_gradients(trunk_with("torch", **KINDS[kind]).double(), torch.float64, **reads(kind))
+
+
+def reads(kind: str) -> dict[str, Tensor]:
+    return {"row": torch.arange(B)} if kind == "stochastic depth" else {}
+
+
+def test_a_layer_leaves_its_mlp_to_the_next(kind: str, exact: list[Tensor]) -> None:
     trunk = trunk_with("triton", **KINDS[kind])
-    with sums as called, alone as never:
-        found = outputs_and_gradients(trunk, **more)
-    assert called.call_count == 2 * LAYERS and not never.call_count
+    with (
+        mock.patch.object(norm, "rms_norm", wraps=norm.rms_norm) as of_sums,
+        mock.patch.object(norm, "rms_norm_and_residual", wraps=norm.rms_norm_and_residual) as alone,
+    ):
+        found = outputs_and_gradients(trunk, **reads(kind))
+    assert of_sums.call_count == 2 * LAYERS and not alone.call_count
     assert worst(found, exact) <= 20 * TOLERANCE[torch.float32]
 
-    if kind == "plain":
-        graphs = Graphs(backend="aot_eager")
-        graphs.compile(list(trunk.layers))
-        for ours, theirs in zip(outputs_and_gradients(trunk), found, strict=True):
-            torch.testing.assert_close(ours, theirs)
-        assert graphs.counts == {"TransformerLayer": {"training": 1, "evaluation": 0}}
 
+def test_recomputed_layers_are_given_one_tensor(kind: str, exact: list[Tensor]) -> None:
     trunk = trunk_with("triton", **KINDS[kind])
     apply_checkpointing(list(trunk.layers)[:1], "full")
-    with alone as called:
-        assert worst(outputs_and_gradients(trunk, **more), exact) <= 20 * TOLERANCE[torch.float32]
-    assert called.call_count >= LAYERS
+    with mock.patch.object(norm, "rms_norm_and_residual", wraps=norm.rms_norm_and_residual) as alone:
+        assert worst(outputs_and_gradients(trunk, **reads(kind)), exact) <= 20 * TOLERANCE[torch.float32]
+    assert alone.call_count >= LAYERS
+
+
+def test_layers_share_a_graph() -> None:
+    trunk = trunk_with("triton")
+    eager = outputs_and_gradients(trunk)
+    graphs = Graphs(backend="aot_eager")
+    graphs.compile(list(trunk.layers))
+    for ours, theirs in zip(outputs_and_gradients(trunk), eager, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert graphs.counts == {"TransformerLayer": {"training": 1, "evaluation": 0}}
 
 
 def test_tokens_without_gradients() -> None:

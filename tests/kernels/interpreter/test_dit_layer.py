@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from against import TOLERANCE, randn
+from against import TOLERANCE, randn, worst
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
@@ -54,10 +54,6 @@ def outputs_and_gradients(layer: nn.Module, call: Callable[..., Tensor], dtype: 
     out = call(*leaves)
     loss = (out * randn(B, S, D, seed=1).to(dtype)).sum()
     return [out.detach(), *torch.autograd.grad(loss, [*leaves, *trained(layer)])]
-
-
-def worst(ours: list[Tensor], exact: list[Tensor]) -> float:
-    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, exact, strict=True))
 
 
 @pytest.fixture(scope="module")

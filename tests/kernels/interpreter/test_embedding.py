@@ -40,12 +40,16 @@ def test_sums_are_float32_and_in_one_order() -> None:
     assert torch.equal(once, again)
 
 
-def test_nothing_and_no_gradient() -> None:
+def test_nothing_is_looked_up() -> None:
     weight = torch.ones(11, 4, requires_grad=True)
     out = embedding(IDS["none"], weight, backend="triton")
     assert out.shape == (2, 0, 4)
     out.sum().backward()
     assert weight.grad is not None and not weight.grad.any()
+
+
+def test_without_a_gradient() -> None:
+    weight = torch.ones(11, 4, requires_grad=True)
     with torch.no_grad():
         found: Tensor = embedding(IDS["several"], weight, backend="triton")
     assert torch.equal(found, F.embedding(IDS["several"], weight))
