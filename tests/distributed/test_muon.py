@@ -468,7 +468,7 @@ def test_routes() -> None:
         *(f"mixer.{name}_proj.weight" for name in ("q", "k", "v", "out")),
         *(f"mlp.{name}.weight" for name in ("gate", "up", "down")),
     }
-    assert llm["preprocessor.embed.weight"] == ("adamw", "says Embedding", 1)  # the tied head's as well
+    assert llm["preprocessor.embed.weight"] == ("adamw", "says TokenEmbedding", 1)  # the tied head's as well
     inputs = ("modulation.proj.weight", "label.weight", "time.up.weight", "time.down.weight")
     assert {name for name, route in sit.items() if route[1].startswith("says")} == {
         *(name for name in sit if name.endswith(inputs)),
