@@ -189,8 +189,9 @@ def cudnn_takes(head_dim: int, device: torch.device) -> bool:
 
 def flash_attn_4_wins(rows: int, length: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> bool:
     """Whether flash-attn-4 is there, and faster than cuDNN for so many causal rows, forward and backward: long ones, whose keys
-    it is given as copies. In a training step that was measured with 4 rows of 4096 on an H200 alone (docs/benchmarks.md)."""
-    if not flash_attn_4.takes(device) or length < 4096:
+    it is given as copies, on Hopper. In a training step that was measured with 4 rows of 4096 on an H200 alone
+    (docs/benchmarks.md)."""
+    if length < 4096 or not flash_attn_4.takes(device) or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     return flash_attn_4.copies_for(rows, length, heads, kv_heads, head_dim, device) > 1
 

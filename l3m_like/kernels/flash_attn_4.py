@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import math
 from typing import Any
@@ -72,8 +73,9 @@ def _package() -> Any:
     """The module with the two passes; None, with a warning, where the package, which is installed, cannot be used."""
     try:
         module = importlib.import_module("flash_attn.cute.interface")
-        if not all(hasattr(module, name) for name in ("_flash_attn_fwd", "_flash_attn_bwd")):
-            raise ImportError("it has no _flash_attn_fwd and _flash_attn_bwd; 4.0.0b16 has")
+        into = inspect.signature(module._flash_attn_bwd).parameters
+        if not hasattr(module, "_flash_attn_fwd") or any(name not in into for name in ("dq", "dk", "dv")):
+            raise ImportError("its _flash_attn_fwd and _flash_attn_bwd are not those of 4.0.0b16")
     except Exception as error:  # noqa: BLE001  # of the compiler that it brings, too
         log.warning("flash-attn-4 is installed, but cannot be used: %s", error)
         return None

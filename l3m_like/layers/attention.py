@@ -15,7 +15,7 @@ from l3m_like.kernels.rope import joint_qk_norm_rope, norm_rope, qk_norm_rope
 from l3m_like.kernels.select import selected
 from l3m_like.kernels.short_attention import joint_short_attention
 from l3m_like.layers.cache import LayerCache
-from l3m_like.layers.linear import joined_bias, joined_output, joins, joint_linear, linear
+from l3m_like.layers.linear import is_plain, joined_bias, joined_output, joins, joint_linear, linear
 from l3m_like.layers.norm import RMSNorm
 
 
@@ -148,6 +148,13 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         out = linear(attention(q, k, v, mask).flatten(2), self.out_proj, biased=biased)
         return (out, (k, v)) if self.gives_kv else out
+
+    @property
+    def may_copy_keys(self) -> bool:
+        """Whether ``forward`` may give its attention copies of the keys (``key_copies``), without a cache."""
+        if self.k_proj is None or self.v_proj is None or self.gives_kv or self.interleaved:
+            return False
+        return all(is_plain(layer) for layer in (self.q_proj, self.k_proj, self.v_proj))
 
     def _joined_heads(self, x: Tensor) -> bool:
         """Whether attention is of queries, keys and values as they come out of one product."""

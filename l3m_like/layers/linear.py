@@ -48,8 +48,14 @@ def joined_bias(*layers: nn.Linear) -> Tensor | None:
 
 def is_ordinary(layer: nn.Module) -> bool:
     """Whether ``layer`` is ``F.linear`` of its weight and bias and nothing else: no adapter, no hook, no tensor parallelism."""
+    return is_plain(layer) and not isinstance(layer.weight, DTensor)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """As ``is_ordinary``, but asked outside of a unit, where FSDP has its weight in shards."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is nn.Linear and not isinstance(layer.weight, DTensor) and not hooked
+    cut = isinstance(weight := getattr(layer, "weight", None), DTensor) and "tp" in (weight.device_mesh.mesh_dim_names or ())
+    return type(layer) is nn.Linear and not hooked and not cut
 
 
 def linear(x: Tensor, layer: nn.Linear, *, biased: bool = True) -> Tensor:

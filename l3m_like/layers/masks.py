@@ -79,15 +79,15 @@ def choose_backend(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
-    heads: tuple[int, int] = (1, 1),
-    rows: int = 1,
+    grouped: bool = False,
+    flash_attn_4: bool = False,
 ) -> str:
     """The backend for ``mask``: the one that was asked for, or for "auto" the fastest that is exact.
 
-    ``heads``: of queries, and of keys; ``rows``: B. Measured on Hopper (docs/benchmarks.md): for short rows without a mask cuDNN
-    with a backward pass of ours ("short"), else cuDNN where neither documents, windows nor prefixes are masked (for long causal
-    rows whose query heads share key heads by two, FlashAttention-4 if it is installed), else FlexAttention (FlashAttention-2 over
-    document borders takes longer, the longer the list of borders that few documents fill). Elsewhere (CPU, fp32, a key/value
+    ``grouped``: query heads share key heads. ``flash_attn_4``: the package is there, and faster if rows are causal. Measured on
+    Hopper (docs/benchmarks.md): for short rows without a mask cuDNN with a backward pass of ours ("short"), else cuDNN (or, if it
+    is faster, FlashAttention-4) where neither documents, windows nor prefixes are masked, else FlexAttention (FlashAttention-2
+    over document borders takes longer, the longer the list of borders that few documents fill). Elsewhere (CPU, fp32, a key/value
     cache) SDPA.
 
     Raises:
@@ -95,7 +95,6 @@ def choose_backend(
     """
     square = _begins(mask) and query_length == kv_length and mask.kv_document_ids is None
     half = dtype in (torch.float16, torch.bfloat16)
-    grouped = heads[0] != heads[1]
     by_place = mask.kind in ("full", "causal")
     plain = by_place and square and mask.window is None and mask.document_ids is None
     bordered = by_place and square and (mask.document_ids is None or mask.cu_seqlens is not None)
@@ -107,8 +106,7 @@ def choose_backend(
                 return "short"
             if torch.are_deterministic_algorithms_enabled() or not cudnn_takes(head_dim, device):  # its backward pass is not
                 return "flash" if head_dim <= 256 else "sdpa"
-            wins = mask.kind == "causal" and flash_attn_4_wins(rows, query_length, *heads, head_dim, device)
-            return "flash_attn" if wins else "cudnn"
+            return "flash_attn" if mask.kind == "causal" and flash_attn_4 else "cudnn"
         return "flex" if 16 <= head_dim <= 256 else "sdpa"
     problem = None
     meta = device.type == "meta"  # shapes alone: the device and the dtype are not yet those of the run
@@ -284,8 +282,8 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LayerMasks:
-    """One mask, lowered once for each way in which the layers of a trunk want it: by their backend, window, width and numbers of
-    heads.
+    """One mask, lowered once for each way in which the layers of a trunk want it: by their backend, window, width of heads,
+    whether heads share keys, and whether flash-attn-4 wins.
 
     ``told``: takes what each kind of mask was lowered to, ``{"causal, documents": "flex"}``, for the run to print.
     """
@@ -302,13 +300,16 @@ class LayerMasks:
         asked = getattr(layer.mixer, "backend", None)
         if asked is None:
             return self.mask
-        number = getattr(layer.mixer, "num_heads", 1)
-        heads = number, getattr(layer.mixer, "num_kv_heads", number)
-        key = (asked, layer.mixer.window, layer.mixer.head_dim, heads)
+        width, rows, device = layer.mixer.head_dim, self.tokens.shape[0], self.tokens.device
+        heads = getattr(layer.mixer, "num_heads", 1)
+        kv_heads = getattr(layer.mixer, "num_kv_heads", heads)
+        copied = torch.is_grad_enabled() and getattr(layer.mixer, "may_copy_keys", False)
+        wins = copied and flash_attn_4_wins(rows, self.query_length, heads, kv_heads, width, device)
+        key = (asked, layer.mixer.window, width, heads != kv_heads, wins)
         if key not in self._made:
             mask = dataclasses.replace(self.mask, window=layer.mixer.window)
-            lengths, device, rows = (self.query_length, self.kv_length), self.tokens.device, self.tokens.shape[0]
-            backend = choose_backend(asked, mask, *lengths, layer.mixer.head_dim, self.tokens.dtype, device, heads, rows)
+            lengths = self.query_length, self.kv_length
+            backend = choose_backend(asked, mask, *lengths, width, self.tokens.dtype, device, heads != kv_heads, wins)
             self.told[_words(mask)] = backend
             half = self.tokens.dtype.itemsize == 2
             self._made[key] = lower(mask, backend, rows, *lengths, device, half=half)

@@ -89,7 +89,7 @@ class TransformerLayer(nn.Module):
         return isinstance(self.norm_1, RMSNorm) and self.norm_1.adds_residual(x) and not self.recomputed
 
     def nothing_deferred(self, x: Tensor) -> Tensor:
-        """For the first layer: zeros. They require gradients where x does, so that all layers share a graph."""
+        """For the first layer: zeros. They require gradients where x does, so that it shares the others' graph."""
         return _Zeros.apply(x)
 
     def add_deferred(self, x: Tensor, deferred: Tensor) -> Tensor:

@@ -116,6 +116,21 @@ def test_keys_and_values_of_the_layer_below() -> None:
     check("llm", "dp_shard 2 x tp 2", "full checkpointing", **shared)
 
 
+@contextmanager
+def sums_left_to_the_next_layer() -> Iterator[None]:
+    """As the kernels of a GPU have it."""
+    from l3m_like.layers.norm import RMSNorm
+
+    with mock.patch.object(RMSNorm, "adds_residual", lambda self, x: True):
+        yield
+
+
+def test_sums_left_to_the_next_layer() -> None:
+    """They cross the borders of units, which are sharded and cut."""
+    axes = settings("dp_shard 2 x tp 2", "")
+    compare(recorded(experiment("llm", **axes), world_size(axes), fault=sums_left_to_the_next_layer), trained("llm")[0])
+
+
 def test_the_reference_has_what_it_should() -> None:
     names = set(trained("llm")[0].weights)
     assert {"trunk.layers.0.mixer.q_norm.weight", "trunk.layers.0.mixer.k_proj.bias"} <= names
@@ -234,7 +249,17 @@ def mean_of_means() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def something_is_left_to_the_first_layer() -> Iterator[None]:
+    from l3m_like.layers import TransformerLayer
+
+    planted = mock.patch.object(TransformerLayer, "nothing_deferred", lambda self, x: x.new_full(x.shape, 0.01))
+    with sums_left_to_the_next_layer(), planted:
+        yield
+
+
 FAULTS = [
+    ("llm", "dp_shard 2", "", something_is_left_to_the_first_layer),
     ("llm", "tp 2", "", tp_sum_dropped),
     ("sit", "tp 2", "", tp_sum_dropped),
     ("llm", "hsdp 2x2", "", replicas_not_reduced),

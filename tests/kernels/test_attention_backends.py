@@ -16,7 +16,8 @@ from l3m_like.core.errors import UserError
 from l3m_like.kernels import attention as kernel
 from l3m_like.kernels.attention import LoweredMask, attention, check_backend
 from l3m_like.kernels.rope import joint_qk_norm_rope
-from l3m_like.layers import AttentionMask, LayerMasks, choose_backend, lower
+from l3m_like.layers import Attention, AttentionMask, LayerMasks, choose_backend, lower
+from l3m_like.layers.lora import LoRALinear
 
 CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [2, 2, 3, 3, 3, 3, 3]], dtype=torch.int32)
@@ -191,6 +192,52 @@ def test_copies_of_keys(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernel.key_copies(qkv, 2, LoweredMask("flash_attn", causal=True)) == 1
 
 
+def attention_layer(**more: Any) -> Attention:
+    torch.manual_seed(0)
+    return Attention(64, num_heads=4, num_kv_heads=2, head_dim=128, **more).double()
+
+
+@pytest.mark.parametrize("kind", ["plain", "gives its keys", "adapter", "frozen keys"])
+def test_layers_that_copy_keys(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain layer gives its attention copies, and one whose keys others take, or with an adapter, does not; gradients are
+    those of SDPA."""
+    calls: list[int] = []
+
+    class Counting(FlashAttention4):
+        def _flash_attn_bwd(self, q: Tensor, *args: Any, **more: Any) -> tuple[Tensor, ...]:
+            calls.append(q.shape[2])
+            return super()._flash_attn_bwd(q, *args, **more)
+
+    monkeypatch.setattr(kernel.flash_attn_4, "takes", lambda device: True)
+    monkeypatch.setattr(kernel.flash_attn_4, "_package", Counting)
+    monkeypatch.setattr(kernel.flash_attn_4, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr("l3m_like.layers.linear._ROWS", 1)  # query, key and value are one product
+    layer = attention_layer()
+    if kind == "gives its keys":
+        layer.gives_kv = True
+    if kind == "adapter":
+        layer.q_proj = LoRALinear(layer.q_proj, rank=2, alpha=2.0)
+    if kind == "frozen keys":
+        for part in (layer.k_proj, layer.v_proj):
+            assert part is not None
+            part.requires_grad_(False)
+    x = torch.randn(4, 130, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def results_of(mask: LoweredMask) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        out: Any = layer(leaf, None, mask)
+        if kind == "gives its keys":
+            out, (k, v) = out
+            assert k.shape == v.shape == (4, 130, 2, 128)
+        loss = (out * torch.arange(out.numel()).view(out.shape).sin()).sum()
+        return [out.detach(), *torch.autograd.grad(loss, [leaf, *(p for p in layer.parameters() if p.requires_grad)])]
+
+    for a, b in zip(results_of(LoweredMask("flash_attn", causal=True)), results_of(LoweredMask(causal=True)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    assert calls == ([2, 2] if layer.may_copy_keys else [4])
+    assert layer.may_copy_keys == (kind in ("plain", "frozen keys"))
+
+
 def test_a_package_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     kernel.flash_attn_4._package.cache_clear()
     with caplog.at_level(logging.WARNING, logger="l3m_like.kernels.flash_attn_4"):
@@ -245,21 +292,44 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_takes_flash_attention_4_for_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Causal, two query heads for a key head, rows enough for the device."""
-    monkeypatch.setattr("l3m_like.layers.masks.cudnn_takes", lambda head_dim, device: True)
     monkeypatch.setattr(kernel.flash_attn_4, "multiprocessors", lambda device: 132)
-
-    def chosen(
-        kind: str = "causal", rows: int = 4, length: int = 4096, heads: tuple[int, int] = (16, 8), width: int = 128
-    ) -> str:
-        return choose_backend("auto", MASKS[kind], length, length, width, torch.bfloat16, torch.device("cuda"), heads, rows)
-
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(kernel.flash_attn_4, "takes", lambda device: False)
-    assert chosen() == "cudnn"
+    four = (4, 4096, 16, 8, 128, torch.device("cuda"))
+    assert not kernel.flash_attn_4_wins(*four)
     monkeypatch.setattr(kernel.flash_attn_4, "takes", lambda device: True)
-    assert chosen() == "flash_attn"
-    assert chosen(rows=2) == chosen(rows=8, length=2048) == "cudnn"
-    assert chosen(heads=(16, 16)) == chosen(heads=(32, 8)) == chosen(width=64) == chosen("full") == "cudnn"
-    assert chosen("documents") == "flex"
+    assert kernel.flash_attn_4_wins(*four)
+    # few rows, short ones, heads with keys of their own, four for a key, narrow ones
+    others = ((2, 4096, 16, 8, 128), (8, 2048, 16, 8, 128), (4, 4096, 16, 16, 128), (4, 4096, 32, 8, 128), (4, 4096, 16, 8, 64))
+    assert not any(kernel.flash_attn_4_wins(*other, torch.device("cuda")) for other in others)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert not kernel.flash_attn_4_wins(*four)
+
+    monkeypatch.setattr("l3m_like.layers.masks.cudnn_takes", lambda head_dim, device: True)
+    device = torch.device("cuda")
+    found = {
+        kind: choose_backend("auto", MASKS[kind], 4096, 4096, 128, torch.bfloat16, device, True, True)
+        for kind in ("causal", "full", "documents")
+    }
+    assert found == {"causal": "flash_attn", "full": "cudnn", "documents": "flex"}
+
+
+def test_auto_takes_it_for_layers_that_copy_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("l3m_like.layers.masks.flash_attn_4_wins", lambda *shape: asked.append(shape[:5]) is None)
+    monkeypatch.setattr("l3m_like.layers.masks.choose_backend", lambda *args: "flash_attn" if args[-1] else "sdpa")
+    tokens = torch.zeros(2, 7, 64)
+    with_adapter, gives = attention_layer(), attention_layer()
+    with_adapter.q_proj, gives.gives_kv = LoRALinear(with_adapter.q_proj, rank=2, alpha=2.0), True
+
+    def backend_of(mixer: Attention) -> str:
+        return LayerMasks(AttentionMask("causal"), 7, 7, tokens).of(SimpleNamespace(mixer=mixer)).backend
+
+    assert backend_of(attention_layer()) == "flash_attn" and asked == [(2, 7, 4, 2, 128)]
+    assert [backend_of(mixer) for mixer in (with_adapter, gives, attention_layer(interleaved=True))] == ["sdpa"] * 3
+    with torch.no_grad():
+        assert backend_of(attention_layer()) == "sdpa"
+    assert len(asked) == 1
 
 
 def test_what_ran_is_told() -> None:
@@ -307,8 +377,7 @@ def test_short_rows_are_chosen_where_they_are_exact(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(masks, "cudnn_takes", lambda head_dim, device: True)
 
     def chosen(asked: str, kind: str, grouped: bool = False) -> str:
-        heads = (4, 2 if grouped else 4)
-        return choose_backend(asked, AttentionMask(kind), 256, 256, 64, torch.bfloat16, torch.device("cuda"), heads)
+        return choose_backend(asked, AttentionMask(kind), 256, 256, 64, torch.bfloat16, torch.device("cuda"), grouped)
 
     assert [chosen(asked, "full") for asked in ("auto", "short")] == ["short", "short"]
     assert [chosen("auto", "causal"), chosen("auto", "full", grouped=True)] == ["cudnn", "cudnn"]

@@ -14,7 +14,7 @@ from against import TOLERANCE, randn, worst
 from torch import Tensor, nn
 
 from l3m_like.blocks import Transformer
-from l3m_like.distributed.activations import apply_checkpointing
+from l3m_like.distributed.activations import apply_checkpointing, apply_offload
 from l3m_like.distributed.compiled import Graphs
 from l3m_like.kernels.launch import TUNED
 from l3m_like.kernels.select import selecting
@@ -98,6 +98,15 @@ def test_layers_share_a_graph() -> None:
     for ours, theirs in zip(outputs_and_gradients(trunk), eager, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert graphs.counts == {"TransformerLayer": {"training": 1, "evaluation": 0}}
+
+
+def test_with_offload(kind: str) -> None:
+    wanted = outputs_and_gradients(trunk_with("triton", **KINDS[kind]), **reads(kind))
+    trunk = trunk_with("triton", **KINDS[kind])
+    offload = apply_offload(list(trunk.layers), torch.device("cpu"), smallest=1)
+    with mock.patch.object(offload, "copy", wraps=offload.copy) as copied:
+        found = outputs_and_gradients(trunk, **reads(kind))
+    assert copied.call_count and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_tokens_without_gradients() -> None:
