@@ -160,10 +160,10 @@ def test_arguments_of_flash_attention_4(kind: str, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("heads", [4, 6])
-def test_copies_of_keys(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass over one query head of every key head for each copy of the keys; the gradients are summed."""
-    calls = []
+@pytest.fixture
+def heads_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The package is there, on a device with one multiprocessor: query heads of each call of its backward pass."""
+    calls: list[int] = []
 
     class Counting(FlashAttention4):
         def _flash_attn_bwd(self, q: Tensor, *args: Any, **more: Any) -> tuple[Tensor, ...]:
@@ -173,6 +173,12 @@ def test_copies_of_keys(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel.flash_attn_4, "takes", lambda device: True)
     monkeypatch.setattr(kernel.flash_attn_4, "_package", Counting)
     monkeypatch.setattr(kernel.flash_attn_4, "multiprocessors", lambda device: 1)
+    return calls
+
+
+@pytest.mark.parametrize("heads", [4, 6])
+def test_copies_of_keys(heads: int, heads_of_calls: list[int]) -> None:
+    """A pass over one query head of every key head for each copy of the keys; the gradients are summed."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 7, heads + 4, 128, generator=generator, dtype=torch.float64)
     weight = torch.randn(3, 7, heads, 128, generator=generator).double()
@@ -187,7 +193,7 @@ def test_copies_of_keys(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = results_of(LoweredMask("flash_attn", causal=True))
     for a, b in zip(found, results_of(LoweredMask(causal=True)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-    assert calls == ([2, 2] if heads == 4 else [6])  # alone where two share a key
+    assert heads_of_calls == ([2, 2] if heads == 4 else [6])  # alone where two share a key
     with torch.no_grad():
         assert kernel.key_copies(qkv, 2, LoweredMask("flash_attn", causal=True)) == 1
 
@@ -198,19 +204,9 @@ def attention_layer(**more: Any) -> Attention:
 
 
 @pytest.mark.parametrize("kind", ["plain", "gives its keys", "adapter", "frozen keys"])
-def test_layers_that_copy_keys(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_copy_keys(kind: str, heads_of_calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain layer gives its attention copies, and one whose keys others take, or with an adapter, does not; gradients are
     those of SDPA."""
-    calls: list[int] = []
-
-    class Counting(FlashAttention4):
-        def _flash_attn_bwd(self, q: Tensor, *args: Any, **more: Any) -> tuple[Tensor, ...]:
-            calls.append(q.shape[2])
-            return super()._flash_attn_bwd(q, *args, **more)
-
-    monkeypatch.setattr(kernel.flash_attn_4, "takes", lambda device: True)
-    monkeypatch.setattr(kernel.flash_attn_4, "_package", Counting)
-    monkeypatch.setattr(kernel.flash_attn_4, "multiprocessors", lambda device: 1)
     monkeypatch.setattr("l3m_like.layers.linear._ROWS", 1)  # query, key and value are one product
     layer = attention_layer()
     if kind == "gives its keys":
@@ -234,7 +230,7 @@ def test_layers_that_copy_keys(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
 
     for a, b in zip(results_of(LoweredMask("flash_attn", causal=True)), results_of(LoweredMask(causal=True)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
-    assert calls == ([2, 2] if layer.may_copy_keys else [4])
+    assert heads_of_calls == ([2, 2] if layer.may_copy_keys else [4])
     assert layer.may_copy_keys == (kind in ("plain", "frozen keys"))
 
 
