@@ -213,6 +213,8 @@ def test_layers_that_copy_keys(kind: str, heads_of_calls: list[int], monkeypatch
         layer.gives_kv = True
     if kind == "adapter":
         layer.q_proj = LoRALinear(layer.q_proj, rank=2, alpha=2.0)
+        for matrix in (layer.q_proj.lora_a, layer.q_proj.lora_b):
+            torch.nn.init.normal_(matrix)
     if kind == "frozen keys":
         for part in (layer.k_proj, layer.v_proj):
             assert part is not None
