@@ -22,6 +22,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
 
+def numbers(text: str) -> list[int]:
+    """Of ``--micro``."""
+    from l3m_like.core.errors import UserError
+
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise UserError(f"--micro {text}: it takes numbers of rows, such as 1,2,4.") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="PATH", help="the run's YAML file")
@@ -65,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"--{option} belongs to --compare; add it, or set batch.micro and batch.global.")
         if args.compare and (args.overhead or args.profile):
             raise UserError("--compare stands alone: run --overhead and --profile in a run of their own.")
+        if args.json is not None and not args.json.parent.is_dir():
+            raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first.")
         cfg = RunConfig.from_file(args.config, args.overrides)
         if args.data is not None:
             synthetic_data(cfg, args.data)
@@ -78,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
                 cfg,
                 args.steps,
                 warmup=args.warmup,
-                micro=[int(size) for size in args.micro.split(",")] if args.micro else None,
+                micro=numbers(args.micro) if args.micro else None,
                 rows=args.rows,
                 variants=args.peer.split(",") if args.peer else None,
                 rounds=args.rounds,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import platform
 import resource
 import statistics
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from l3m_like.benchmarks.profile import STEPS as PROFILED
 from l3m_like.benchmarks.profile import Recorder
 from l3m_like.config import RunConfig
-from l3m_like.core.errors import UserError
+from l3m_like.core.errors import Stopped, UserError
 from l3m_like.core.meta_model import MetaModel
 from l3m_like.data.loader import Loader, Step
 from l3m_like.distributed.mesh import Mesh, broadcast_object, build_mesh
@@ -127,7 +128,10 @@ def bench(
         if mesh.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(mesh.device)
         with watch.attached(), contextlib.suppress(Watch.Enough):
-            train(cfg)
+            try:
+                train(cfg)
+            except Stopped:
+                raise UserError("bench: stopped by a signal. A measurement leaves nothing behind to go on from.") from None
             raise UserError(f"bench: the data ended before {warmup + steps} steps; lower --steps.")
         say("reading the measurements")
         result = summary(cfg, mesh, watch, warmup)
@@ -145,6 +149,12 @@ def bench(
                 "plain_seconds": statistics.median(theirs),
                 "plain_losses": torch.stack(plain.losses[warmup:]).tolist(),
             }
+            for ours, by_hand in zip(result["losses"], result["plain_losses"], strict=False):
+                if not math.isclose(ours, by_hand, rel_tol=1e-3):
+                    raise UserError(
+                        f"bench --overhead: the loop written by hand trains another thing than this config (losses {by_hand} and "
+                        f"{ours}), and a ratio would say nothing. Leave --overhead out."
+                    )
     return result
 
 
@@ -344,6 +354,7 @@ class PlainLoop:
             "parallel.precision=fp32": cfg.parallel.precision == "fp32",
             "parallel.checkpoint=none": cfg.parallel.checkpoint == "none",
             "no updates and no optim.groups": not cfg.updates and not cfg.optim.groups and not cfg.optim.no_decay,
+            "AdamW without optim.layer_decay": cfg.optim.name == "adamw" and cfg.optim.layer_decay is None,
             "neither lora nor mup": cfg.lora is None and cfg.mup is None,
             "one model and one loss": isinstance(model, MetaModel) and len(losses) == 1,
         }

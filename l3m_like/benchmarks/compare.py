@@ -99,7 +99,9 @@ def compare(
     sizes_to_try = sorted(set(micro or sizes.micro))
     rows = max(sizes_to_try) if rows is None else rows
     for size in sizes_to_try:
-        if size < 1 or rows % size:
+        if size < 1 or rows < 1:
+            raise UserError(f"--compare: micro-batches of {size} rows and {rows} rows per step; at least 1 of each are needed.")
+        if rows % size:
             raise UserError(
                 f"--compare: {rows} rows per step are no multiple of the micro-batch {size}. Both sides must step after equally "
                 "many rows: change --rows or --micro."

@@ -90,15 +90,17 @@ def sizes_of(cfg: RunConfig, run: Plan) -> Decoder | Diffusion:
     """
     model = run.model
     plain = isinstance(model, MetaModel) and len(run.updates) == len(run.losses) == 1
-    if plain and not (cfg.optim.groups or cfg.optim.no_decay or cfg.updates):
+    adamw = cfg.optim.name == "adamw" and not (cfg.optim.groups or cfg.optim.no_decay or cfg.optim.layer_decay)
+    if plain and adamw and not cfg.updates:
         found = _decoder(model, run) or _diffusion(model, run)
         if found is not None:
             return found
     raise UserError(
         "--compare: there are peers for the decoders of llm.yaml (TokenEmbed; a causal Transformer of RMSNorm, Attention with "
         "rotary positions and SwiGLU; TokenNLL) and the diffusion transformers of sit.yaml (linear FlowNoise, DropLabel, "
-        "PatchEmbed, DiT of Attention and MLP, FlowMatching), with one loss of weight 1 and no optim.groups, optim.no_decay or "
-        f"updates. This run ({cfg.experiment}) is another: compare it by --overhead, or change it."
+        "PatchEmbed, DiT of Attention and MLP, FlowMatching), with one loss of weight 1, AdamW, and no optim.groups, "
+        f"optim.no_decay, optim.layer_decay or updates. This run ({cfg.experiment}) is another: compare it by --overhead, or "
+        "change it."
     )
 
 
@@ -251,7 +253,9 @@ def chosen_variants(sizes: Decoder | Diffusion, names: Sequence[str] | None) -> 
     missing = {name: f"{known[name].package} is not installed" for name in wanted if not _installed(known[name].package)}
     if missing and (names or len(missing) == len(wanted)):
         name, why = next(iter(missing.items()))
-        raise UserError(f"--peer {name}: {why}. Install it, or choose another of {', '.join(known)}.")
+        others = [other for other, variant in known.items() if _installed(variant.package)]
+        instead = f", or choose another of {', '.join(others)}" if others else ""
+        raise UserError(f"--peer {name}: {why}. Install it (pip install {known[name].package.replace('_', '-')}){instead}.")
     return {name: known[name] for name in wanted if name not in missing}, missing
 
 

@@ -55,9 +55,9 @@ def _dataset(cfg: RunConfig, kind: str) -> dict[str, Any]:
     }
     packs: dict[str, dict[str, Any]] = {
         # a row is one document, and padding comes last: a causal mask is enough
-        "tokens": {"_target_": "l3m_like.data.OnePerRow", "length": length, "separate": False},
+        "tokens": {"_target_": "l3m_like.data.OnePerRow", "length": length, "separate": _counts_documents(cfg)},
         "documents": {"_target_": "l3m_like.data.FitPack", "length": length, "fit": "best"},
-        "documents-padded": {"_target_": "l3m_like.data.OnePerRow", "length": length, "separate": False},
+        "documents-padded": {"_target_": "l3m_like.data.OnePerRow", "length": length, "separate": _counts_documents(cfg)},
     }
     return {
         "source": {
@@ -68,6 +68,11 @@ def _dataset(cfg: RunConfig, kind: str) -> dict[str, Any]:
         "process": {"_target_": "l3m_like.data.TokenIds", "vocab_size": vocabulary},
         "pack": packs[kind],
     }
+
+
+def _counts_documents(cfg: RunConfig) -> bool:
+    """Whether a loss (of experts' loads, say) counts by the documents' ids, which the data then write."""
+    return any("document_ids" in loss.count_reads for loss in cfg.instantiate("loss").values() if not loss.count_late)
 
 
 def _knob(cfg: RunConfig, name: str, kind: str) -> int:

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from l3m_like.core.errors import UserError, did_you_mean
-from l3m_like.kernels.launch import HAS_TRITON, jit, tl, triton
+from l3m_like.kernels.launch import HAS_TRITON, INTERPRETED, jit, tl, triton
 from l3m_like.kernels.scale import scaled
+from l3m_like.kernels.select import NO_TRITON
 
 #: target of a token without a loss
 IGNORE = -100
@@ -102,10 +103,13 @@ def check_backend(backend: str) -> str:
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """What ``backend`` stands for on this device."""
+    # on the meta device, the memory that is needed is the kernels'
+    there = device.type == "meta" or (HAS_TRITON and (device.type == "cuda" or (INTERPRETED and backend == "triton")))
+    able = there and dtype != torch.float64
     if check_backend(backend) == "auto":
-        # on the meta device, the memory that is needed is the kernels'
-        there = device.type == "meta" or (device.type == "cuda" and HAS_TRITON)
-        return "triton" if there and dtype != torch.float64 else "torch"
+        return "triton" if able else "torch"
+    if backend == "triton" and not able:
+        raise UserError(NO_TRITON.format("linear_cross_entropy"))
     return backend
 
 

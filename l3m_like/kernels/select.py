@@ -27,6 +27,8 @@ AUTO = {
     "random": True,  # one kernel of 150, which are not compiled; float64 as well
 }
 
+NO_TRITON = "kernels.{} = triton: it needs an NVIDIA GPU, Triton and no float64. Write auto or torch."
+
 _choices: ContextVar[Mapping[str, str]] = ContextVar("kernels")
 
 
@@ -56,7 +58,7 @@ def resolve(op: str, backend: str, *, able: bool) -> bool:
     if backend not in BACKENDS:
         raise UserError(f"no backend '{backend}' of {op}. {did_you_mean(backend, BACKENDS)}")
     if backend == "triton" and not able:
-        raise UserError(f"kernels.{op} = triton: it needs an NVIDIA GPU, Triton and no float64. Write auto or torch.")
+        raise UserError(NO_TRITON.format(op))
     return backend == "triton"
 
 
@@ -71,6 +73,8 @@ def in_use(choices: Mapping[str, str], device: str, precision: str) -> str:
     names = dict(choices)
     for op in (op for op in AUTO if op in names):
         names[op] = "triton" if resolve(op, names[op], able=there if op == "random" else able) else "torch"
+    if names.get("linear_cross_entropy") == "triton" and not able:
+        raise UserError(NO_TRITON.format("linear_cross_entropy"))
     if names.get("linear_cross_entropy") == "auto":
         names["linear_cross_entropy"] = "triton" if able else "torch"
     if names.get("attention") == "auto":

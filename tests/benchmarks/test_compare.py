@@ -178,8 +178,11 @@ def test_what_cannot_be_compared_is_refused() -> None:
 
     with pytest.raises(UserError, match="there are peers for"):
         run(config("qwen3_1.7b", "tokens", "model.trunk.mask=full"))
-    with pytest.raises(UserError, match="there are peers for"):
-        run(config("qwen3_1.7b", "tokens", "+optim.no_decay=['*embed*']"))
+    for other in ("+optim.no_decay=['*embed*']", "optim.name=muon", "optim.layer_decay=0.5"):
+        with pytest.raises(UserError, match="there are peers for"):
+            run(config("qwen3_1.7b", "tokens", other))
+    with pytest.raises(UserError, match="0 rows per step; at least 1"):
+        run(config("qwen3_1.7b", "tokens"), rows=0)
     with pytest.raises(UserError, match="no multiple of the micro-batch 3"):
         run(config("qwen3_1.7b", "tokens"), micro=[2, 3], rows=4)
     with pytest.raises(UserError, match="Did you mean 'compiled'"):
@@ -198,7 +201,7 @@ def test_a_missing_library_is_skipped_unless_it_was_asked_for(monkeypatch: pytes
     sizes = sizes_of(cfg, plan(cfg, 1))
     chosen, skipped = chosen_variants(sizes, None)
     assert list(chosen) == ["compiled", "stock", "compiled-flash", "layers"] and set(skipped) == {"liger-compiled", "liger"}
-    with pytest.raises(UserError, match="liger_kernel is not installed"):
+    with pytest.raises(UserError, match="liger_kernel is not installed. Install it .pip install liger-kernel., or .* compiled, "):
         chosen_variants(sizes, ["liger"])
 
 
