@@ -52,7 +52,7 @@ setup(
         "data": ["webdataset", "datasets", "transformers", "av"],
         "track": ["wandb", "tensorboard"],
         "flash": ["flash-attn", "liger-kernel", "flash-linear-attention"],
-        "flash4": ["flash-attn-4>=4.0.0b16"],  # Hopper and newer
+        "flash4": ["flash-attn-4>=4.0.0b16"],  # Hopper, sm_100
         "dev": [
             "pytest",
             "pytest-xdist",

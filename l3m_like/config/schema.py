@@ -297,7 +297,7 @@ class Kernels:
     rope: str = setting("auto", "Norm and rotary positions of queries and keys.", choices=_VERSIONS)
     gelu: str = setting("auto", "GELU in an MLP, with the bias before it.", choices=_VERSIONS)
     swiglu: str = setting("auto", "The gated activation of the MLP.", choices=_VERSIONS)
-    embedding: str = setting("auto", "The gradient of the embedding of tokens.", choices=_VERSIONS)
+    embedding: str = setting("auto", "The gradient of the embedding of tokens (torch's with tp).", choices=_VERSIONS)
     random: str = setting("auto", "Draws: noise, masks, initial weights. Their numbers are the same.", choices=_VERSIONS)
     attention: str = setting(
         "auto",

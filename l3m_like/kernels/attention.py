@@ -12,7 +12,7 @@ attend to what arrives as a ``LoweredMask``: the form that its backend wants, ma
 | short | cuDNN's forward and a backward of ours for short rows on Hopper (``short_attention.py``), fp16 and bf16 | full |
 | varlen | FlashAttention-2 over document borders, fp16 and bf16 on CUDA | full, causal, windows, documents |
 | flex | torch's FlexAttention, compiled on CUDA | all (block-sparse) |
-| flash_attn | the package flash-attn-4 (Hopper and newer), flash_attn_interface (3) or flash-attn (2), as installed | as varlen |
+| flash_attn | the package flash-attn-4 (Hopper, sm_100), flash_attn_interface (3) or flash-attn (2), as installed | as varlen |
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def check_backend(name: str) -> str:
         raise UserError(f"no attention backend '{name}'. {did_you_mean(name, ['auto', *BACKENDS])}")
     if name == "flash_attn" and not any(importlib.util.find_spec(package) for package in _FLASH_ATTN):
         raise UserError(
-            "attention backend flash_attn: the package is not installed (the extras flash4, on Hopper and newer, or flash of "
+            "attention backend flash_attn: the package is not installed (the extras flash4, on Hopper and sm_100, or flash of "
             "setup.py). 'auto' needs none."
         )
     return name
@@ -207,7 +207,7 @@ def _flash_attn_package() -> tuple[Any, Any]:
             module = importlib.import_module(package)
             if hasattr(module, "flash_attn_func"):  # flash-attn-4 alone makes a flash_attn without
                 return module.flash_attn_func, module.flash_attn_varlen_func
-    raise UserError("attention backend flash_attn: only flash-attn-4 is installed, which needs Hopper or newer (or fails).")
+    raise UserError("attention backend flash_attn: only flash-attn-4 is installed, which needs Hopper or sm_100 (or fails).")
 
 
 def _flex_attention(compiled: bool) -> Any:

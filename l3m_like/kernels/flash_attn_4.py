@@ -38,8 +38,9 @@ def is_installed() -> bool:
 
 @torch.compiler.assume_constant_result
 def takes(device: torch.device) -> bool:
-    """Whether it runs on ``device``: Hopper or newer, with gradients. (Traced, it would break graphs: it looks for packages.)"""
-    if device.type != "cuda" or not is_installed() or torch.cuda.get_device_capability(device) < (9, 0):
+    """Whether it runs on ``device``: Hopper and the Blackwell of data centres. On other Blackwells (12.x) the backward pass of
+    4.0.0b16 fails. (Traced, this would break graphs: it looks for packages.)"""
+    if device.type != "cuda" or not is_installed() or not 9 <= torch.cuda.get_device_capability(device)[0] <= 11:
         return False
     return _package() is not None
 

@@ -54,8 +54,10 @@ def is_ordinary(layer: nn.Module) -> bool:
 def is_plain(layer: nn.Module) -> bool:
     """As ``is_ordinary``, but asked outside of a unit, where FSDP has its weight in shards."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    cut = isinstance(weight := getattr(layer, "weight", None), DTensor) and "tp" in (weight.device_mesh.mesh_dim_names or ())
-    return type(layer) is nn.Linear and not hooked and not cut
+    if type(layer) is not nn.Linear or hooked:
+        return False
+    weight = layer.weight
+    return not (isinstance(weight, DTensor) and "tp" in (weight.device_mesh.mesh_dim_names or ()))
 
 
 def linear(x: Tensor, layer: nn.Linear, *, biased: bool = True) -> Tensor:

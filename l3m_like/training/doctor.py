@@ -27,7 +27,7 @@ OPTIONAL = {
     "tensorboard": "log.tensorboard",
     "aim": "log.aim",
     "flash-attn": "faster attention on NVIDIA GPUs",
-    "flash-attn-4": "faster attention on Hopper and newer",
+    "flash-attn-4": "faster attention on Hopper and sm_100",
     "liger-kernel": "faster losses and norms on NVIDIA GPUs",
     "flash-linear-attention": "linear-attention mixers",
 }

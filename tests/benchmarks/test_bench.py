@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from l3m_like.benchmarks import bench as module
 from l3m_like.benchmarks.bench import LOG_EVERY, OTHER, PARTS, PlainLoop, bench, table
+from l3m_like.benchmarks.synthetic import synthetic_data
 from l3m_like.config import RunConfig
-from l3m_like.core.errors import UserError
+from l3m_like.core.errors import Stopped, UserError
 from l3m_like.data.loader import Loader
 from l3m_like.training.control import Upcoming
 from l3m_like.training.optim import EMA
@@ -120,6 +122,28 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     result = json.loads(out.read_text())
     assert "tokens per second" in capsys.readouterr().out and result["facts"]["versions"]["torch"] == torch.__version__
     assert set(result["facts"]) == {"date", "device", "mesh", "versions", "commit"} and result["units"] == 4 * 64
-    assert main([*command, "dims=3"]) == 1
-    wrong = capsys.readouterr().err
-    assert wrong.startswith("error:") and "dims" in wrong
+    for more, named in (
+        (["dims=3"], "dims"),
+        (["--json", str(tmp_path / "none" / "x.json")], "there is no folder"),
+        (["--compare", "--micro", "1,b"], "--micro 1,b: it takes numbers of rows"),
+        (["kernels.linear_cross_entropy=triton"], "it needs an NVIDIA GPU"),
+    ):
+        assert main([*command, *more]) == 1
+        wrong = capsys.readouterr().err
+        assert wrong.splitlines()[-1].startswith("error:") and named in wrong
+
+
+def test_a_signal_leaves_nothing_to_go_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(cfg: RunConfig) -> None:
+        raise Stopped("saved")
+
+    monkeypatch.setattr(module, "train", stopped)
+    with pytest.raises(UserError, match="leaves nothing behind"):
+        bench(config("llm"), 1, warmup=1)
+
+
+def test_synthetic_tokens_of_a_run_that_counts_documents() -> None:
+    """The losses of experts' loads are per document."""
+    cfg = RunConfig.from_file(ROOT / "configs/experiment/moe.yaml", [*TINY["llm"], "batch.global=2", "batch.micro=2"])
+    synthetic_data(cfg, "tokens")
+    assert math.isfinite(bench(cfg, 1, warmup=1)["losses"][0])

@@ -68,6 +68,22 @@ def test_no_parameter_changes_its_name(name: str, axes: dict[str, int]) -> None:
             assert tied, mode
 
 
+def may_copy_keys(axes: dict[str, int]) -> set[bool]:
+    """What the layers say outside of their units."""
+    from l3m_like.distributed.mesh import build_mesh
+
+    with torch.device("meta"):
+        part = experiment("llm").instantiate("model")
+    parallelize(part, build_mesh(axes))
+    return {layer.mixer.may_copy_keys for layer in part.trunk.layers}
+
+
+@pytest.mark.parametrize(("axes", "may"), [({"dp_shard": 2}, True), ({"tp": 2}, False)])
+def test_which_layers_copy_keys(axes: dict[str, int], may: bool) -> None:
+    """FSDP gathers the projections for a unit; tensor parallelism leaves them cut."""
+    assert pool.run(2, may_copy_keys, axes) == [{may}, {may}]
+
+
 def test_a_tie_between_units_is_refused() -> None:
     """FSDP holds a unit's parameters by themselves, so none of them may be another's as well."""
     several = SimpleNamespace(world_size=2, size=lambda axis: 1)

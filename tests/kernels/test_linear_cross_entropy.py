@@ -50,6 +50,12 @@ def test_no_nan_from_infinite_gradient_at_an_ignored_target() -> None:
     assert all(g.isfinite().all() for g in torch.autograd.grad(nll, (hidden, weight), grad))
 
 
+def test_triton_is_refused_where_it_cannot_run() -> None:
+    targets = some_targets()
+    with pytest.raises(UserError, match="it needs an NVIDIA GPU"):
+        linear_cross_entropy(*inputs(targets), targets, backend="triton")
+
+
 def test_gradcheck() -> None:
     targets = some_targets()
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, chunk_tokens=4), inputs(targets))

@@ -67,6 +67,8 @@ def test_the_line_at_the_start() -> None:
     )
     with pytest.raises(UserError, match="kernels.swiglu = triton"):
         in_use(choices | {"swiglu": "triton"}, "cpu", "bf16")
+    with pytest.raises(UserError, match="kernels.linear_cross_entropy = triton"):
+        in_use(choices | {"linear_cross_entropy": "triton"}, "cpu", "bf16")
 
 
 def test_loads_ahead_fit_into_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
